@@ -1,0 +1,33 @@
+"""Saves the finished network as an ordinary Hugging Face folder in the run: config, safetensors, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import lightning as L
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+
+from dlm_lightning.module import Recipe
+from dlm_lightning.source import SAVED_MODEL
+
+
+class SavePretrained(L.Callback):
+    """Writes `<run>/model` when training ends; records no metric and holds no state.
+
+    The folder appears whole or not at all, and plain transformers loads it.
+    """
+
+    def on_fit_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        weights = get_model_state_dict(recipe.denoiser.network, options=options)
+        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
+            return
+        folder = Path(trainer.default_root_dir) / SAVED_MODEL
+        beside = folder.with_name(f".{SAVED_MODEL}.partial")
+        shutil.rmtree(beside, ignore_errors=True)
+        recipe.denoiser.network.save_pretrained(beside, state_dict=weights)
+        recipe.tokenizer.save_pretrained(beside)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.rename(beside, folder)

@@ -1,0 +1,38 @@
+"""Attention backends: each turns a view into a plan once per forward, and attends by it in every layer.
+
+The transformers network is built with `attn_implementation=NAME`; the plan reaches `attend` as a keyword argument.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor
+from transformers import AttentionInterface
+
+from dlm_lightning.attention import dense, flash
+from dlm_lightning.view import View
+
+NAME = "dlm_lightning"
+Plan = dense.Plan | flash.Plan
+
+
+def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan:
+    """The plan of the fastest installed backend that computes exactly what the predicate says for this view."""
+    return flash.plan(view, predicate) or dense.plan(view, predicate)
+
+
+def attend(
+    module, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, attention_mask=None, *, attention_plan: Plan, **options
+) -> tuple[Tensor, None]:
+    """The attention function of the transformers interface; returns [B, S, H, D] and no weights.
+
+    H query heads, G key and value heads. Refuses what no backend computes: sliding windows, soft caps, sinks.
+    """
+    for name in ("sliding_window", "softcap", "s_aux"):
+        if options.get(name) is not None:
+            raise ValueError(f"{type(module).__name__} asks for {name}, which this attention does not compute")
+    return attention_plan.attend(q_BHSD, k_BGSD, v_BGSD, options.get("scaling")), None
+
+
+AttentionInterface.register(NAME, attend)

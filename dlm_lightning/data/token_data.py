@@ -1,0 +1,192 @@
+"""What all data modules share: documents are tokenised and packed once, then streamed with their noise."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from abc import abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+import datasets
+import lightning as L
+import numpy as np
+from torch.utils.data import DataLoader
+
+from dlm_lightning.data.rows import Document, pack
+from dlm_lightning.data.stream import TRAIN, VALIDATION, NoisyRows, TrainStream, ValidationStream, collate
+from dlm_lightning.data.tokenizer import trained_tokenizer
+
+Split = Literal["train", "val"]
+FEATURES = datasets.Features(
+    {
+        name: datasets.List(datasets.Value(kind))
+        for name, kind in [("ids", "int32"), ("position", "int32"), ("document", "int32"), ("maskable", "bool")]
+    }
+)
+datasets.disable_progress_bars()
+
+
+class TokenData(L.LightningDataModule):
+    """Packed rows of tokens. A data module of one's own implements `texts` and `identity`.
+
+    Args:
+        row_length: tokens per row.
+        batch_size: rows per device and micro-batch.
+        val_rows: rows of the validation split to use, over all ranks; null uses all.
+        vocab_size: train a byte-level BPE of this size on the training split, for a model without a source.
+        seed: decides the order of the samples and their noise, and nothing else.
+        num_workers: processes that load batches.
+        cache_dir: where tokenised rows and trained tokenizers are kept; `$XDG_CACHE_HOME/dlm_lightning` by default.
+    """
+
+    splits_documents: ClassVar[bool] = True
+
+    def __init__(
+        self,
+        row_length: int = 256,
+        batch_size: int = 16,
+        val_rows: int | None = 64,
+        vocab_size: int | None = None,
+        seed: int = 0,
+        num_workers: int = 0,
+        cache_dir: str | None = None,
+    ) -> None:
+        super().__init__()
+        for name, value in (("row_length", row_length), ("batch_size", batch_size), ("val_rows", val_rows)):
+            if value is not None and value < 1:
+                raise ValueError(f"data.{name} must be at least 1, not {value}")
+        self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows
+        self.vocab_size, self.seed, self.num_workers = vocab_size, seed, num_workers
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+        self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache / "dlm_lightning"
+        self.tokenizer: Any = None
+        self.rows: dict[Split, datasets.Dataset] = {}
+        self.counts_V = np.empty(0, int)
+
+    @abstractmethod
+    def texts(self, split: Split) -> Iterator[tuple[str, str]]:
+        """The documents of a split in a fixed order, each as (prompt, text); the prompt is shown and never scored."""
+
+    @abstractmethod
+    def identity(self) -> str:
+        """A text that changes when the documents change; names the cache."""
+
+    def prepare_data(self) -> None:
+        """Tokenise and pack both splits into the cache, on one process per node."""
+        for split in ("train", "val"):
+            self._packed(split)
+
+    def setup(self, stage: str) -> None:
+        """Open the packed rows and count the training tokens; refuses a mask token that occurs in the data."""
+        if self.rows:
+            return
+        self.rows = {split: self._packed(split) for split in ("train", "val")}
+        self.counts_V = self._count_tokens()
+        mask_id = self.trainer.lightning_module.mask_id
+        if mask_id < len(self.counts_V) and self.counts_V[mask_id]:
+            raise ValueError(
+                f"model.mask_token: id {mask_id} occurs {self.counts_V[mask_id]} times in the data; choose another"
+            )
+
+    def unigram_entropy(self) -> float:
+        """Entropy of the training tokens' frequencies, in nats: the loss of a model that knows nothing else."""
+        p = self.counts_V[self.counts_V > 0] / self.counts_V.sum()
+        return float(-(p * np.log(p)).sum())
+
+    def facts(self) -> dict[str, int | str]:
+        """What must stay as it is when a run is continued."""
+        return {
+            "data": self._fingerprint("train"),
+            "data.seed": self.seed,
+            "global batch size": self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches,
+        }
+
+    def train_dataloader(self) -> DataLoader:
+        """The run's micro-batches for this rank, from the step at which the trainer stands."""
+        trainer = self.trainer
+        if trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
+        per_step = trainer.accumulate_grad_batches
+        stream = TrainStream(
+            rows=len(self.rows["train"]),
+            seed=self.seed,
+            batch_size=self.batch_size,
+            rank=trainer.global_rank,
+            ranks=trainer.world_size,
+            start=trainer.global_step * per_step,
+            stop=trainer.max_steps * per_step,
+        )
+        return self._loader("train", stream, TRAIN)
+
+    def val_dataloader(self) -> DataLoader:
+        """The validation rows for this rank, with noise that is the same at each validation."""
+        rows = min(self.val_rows or len(self.rows["val"]), len(self.rows["val"]))
+        stream = ValidationStream(rows, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        return self._loader("val", stream, VALIDATION)
+
+    def _loader(self, split: Split, stream: TrainStream | ValidationStream, noise: int) -> DataLoader:
+        rows = NoisyRows(self.rows[split], self.row_length, self.tokenizer.eos_token_id, self.seed, noise)
+        return DataLoader(
+            rows,
+            batch_sampler=stream,
+            collate_fn=collate,
+            num_workers=self.num_workers,
+            pin_memory=self.trainer.strategy.root_device.type == "cuda",
+            persistent_workers=self.num_workers > 0,
+        )
+
+    def _packed(self, split: Split) -> datasets.Dataset:
+        if self.tokenizer is None:
+            self.tokenizer = self.trainer.lightning_module.tokenizer or self._trained_tokenizer()
+            if self.tokenizer.eos_token_id is None:
+                raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
+        rows = datasets.Dataset.from_generator(
+            self._rows,
+            gen_kwargs={"split": split},
+            features=FEATURES,
+            cache_dir=str(self.cache_dir / "rows"),
+            fingerprint=self._fingerprint(split),
+        )
+        if not len(rows):
+            raise ValueError(f"data: the {split} split is empty; it needs more documents")
+        return rows.with_format("numpy")
+
+    def _rows(self, split: Split) -> Iterator[dict[str, np.ndarray]]:
+        eos = self.tokenizer.eos_token_id
+        for row in pack(self._documents(split), self.row_length, eos, self.splits_documents):
+            yield row._asdict()
+
+    def _documents(self, split: Split) -> Iterator[Document]:
+        def tokens(text: str) -> list[int]:
+            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+
+        for prompt, text in self.texts(split):
+            prompt_ids = tokens(prompt) if prompt else []
+            yield Document([*prompt_ids, *tokens(text), self.tokenizer.eos_token_id], len(prompt_ids))
+
+    def _trained_tokenizer(self) -> Any:
+        if self.vocab_size is None:
+            raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
+        folder = self.cache_dir / "tokenizers" / _digest(self.identity(), str(self.vocab_size))
+        return trained_tokenizer(
+            lambda: (prompt + text for prompt, text in self.texts("train")), self.vocab_size, folder
+        )
+
+    def _fingerprint(self, split: Split) -> str:
+        tokenizer = self.tokenizer.backend_tokenizer.to_str()
+        return _digest(self.identity(), split, tokenizer, str(self.row_length))
+
+    def _count_tokens(self) -> np.ndarray:
+        table = self.rows["train"].data
+        counts = np.zeros(len(self.tokenizer), int)
+        for ids, document in zip(table.column("ids").chunks, table.column("document").chunks, strict=True):
+            real = ids.flatten().to_numpy()[document.flatten().to_numpy() >= 0]
+            more = np.bincount(real, minlength=len(counts))
+            counts = np.pad(counts, (0, len(more) - len(counts))) + more
+        return counts
+
+
+def _digest(*parts: str) -> str:
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:24]

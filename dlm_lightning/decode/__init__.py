@@ -1,0 +1,1 @@
+"""Decoding: from a prompt and masked tokens to text."""

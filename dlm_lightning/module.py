@@ -1,0 +1,271 @@
+"""The LightningModule that all recipes share. A recipe decides what the model is shown; everything else is here.
+
+Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Sequence
+from functools import cached_property
+from typing import Any, ClassVar, Literal
+
+import lightning as L
+import torch
+from torch import Tensor
+from torchmetrics import MeanMetric
+from transformers import PreTrainedModel
+from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
+
+from dlm_lightning import attention
+from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.loss import score, weighted_sum
+from dlm_lightning.noise import NELBO, Masked, Noise
+from dlm_lightning.source import Source, build, build_config
+from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
+
+FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
+
+
+class Recipe(L.LightningModule):
+    """Trains a network by one attention pattern. A recipe of one's own implements `pattern`, and may override `corrupt`,
+    `train_pattern` and `predicate`.
+
+    Args:
+        source: the AR model to start from: a hub id, a local folder, or a run folder of this project.
+        config: without a source, the keys of a transformers config; `model_type` names the architecture.
+        pretrained: start from the source's weights; false keeps its config and tokenizer and starts from random ones.
+        mask_token: id or text of the token that stands for a masked one; null takes the first embedding row without a
+            token, or adds a row.
+        shift: `next_token` reads a masked token from the hidden state before it, `none` from its own.
+        first_token: with shift, whether the first token of a block is read from the `clean` context, as in decoding, or
+            from the `noisy` previous block.
+        noise: which tokens are masked and what they weigh.
+        ar_weight: weight of an autoregressive loss on a clean copy, beside the diffusion loss.
+        lr: peak learning rate of AdamW.
+        min_lr_ratio: final learning rate of the cosine schedule, as a share of `lr`.
+        warmup_steps: optimizer steps of linear warm-up.
+        weight_decay: AdamW's, on matrices only.
+        betas: AdamW's.
+    """
+
+    maskings: ClassVar[tuple[str, ...]] = ("bernoulli", "exact", "exact_round", "tilted")
+
+    def __init__(
+        self,
+        source: str | None = None,
+        config: dict[str, Any] | None = None,
+        pretrained: bool = True,
+        mask_token: int | str | None = None,
+        shift: Literal["none", "next_token"] = "none",
+        first_token: Literal["clean", "noisy"] = "clean",
+        noise: Noise = NELBO,
+        ar_weight: float = 0.0,
+        lr: float = 1e-3,
+        min_lr_ratio: float = 0.1,
+        warmup_steps: int = 0,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+    ) -> None:
+        super().__init__()
+        if (source is None) == (config is None):
+            raise ValueError("give either model.source (a pretrained model) or model.config (one to train from scratch)")
+        if noise.masking not in self.maskings:
+            raise ValueError(
+                f"noise.masking: {noise.masking} does not go with {type(self).__name__}, "
+                f"which takes {' or '.join(self.maskings)}"
+            )
+        self.source_name, self.config_values, self.pretrained = source, config, pretrained
+        self.mask_token, self.shift, self.first_token = mask_token, shift, first_token
+        self.noise, self.ar_weight = noise, ar_weight
+        self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
+        self.weight_decay, self.betas = weight_decay, betas
+        self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
+        self._tally: Tensor | None = None
+
+    # What a recipe decides
+
+    @property
+    @abstractmethod
+    def pattern(self) -> Pattern:
+        """The attention pattern of the finished model: validation and decoding use it."""
+
+    @property
+    def train_pattern(self) -> Pattern:
+        """The pattern of the current step; differs from `pattern` only where a recipe anneals it."""
+        return self.pattern
+
+    predicate = staticmethod(sees)
+
+    def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
+        """The masks of a training step, one per noisy copy, with the weight of each masked token."""
+        return [self.draw(self.noise, batch, pattern)]
+
+    def nelbo_masks(self, batch: Batch) -> list[Masked]:
+        """The masks of the NELBO: uniform, k = ceil(t·L') and weight L'/k in each block, whatever the recipe trains by."""
+        return [self.draw(NELBO, batch, self.pattern)]
+
+    # The step
+
+    def show(self, batch: Batch, copies: Sequence[Masked], pattern: Pattern) -> View:
+        """The view of a batch under one mask per noisy copy."""
+        masks = [mask_BL for mask_BL, _ in copies]
+        return pattern.lay_out(batch, masks, self.mask_id, with_ar_copy=self.ar_weight > 0)
+
+    def training_step(self, batch: Batch, _: int) -> Tensor:
+        # 1. the batch brings raw uniforms, a pure function of (seed, sample, epoch, view)
+        # 2. the recipe turns them into a view: what is masked, and who sees whom
+        pattern = self.train_pattern
+        copies = self.corrupt(batch, pattern)
+        view = self.show(batch, copies, pattern)
+        # 3. −log p [N] at the positions that are scored
+        scored = score(batch, view, copies, self.ar_weight)
+        nll_N = self.denoiser(view, scored.index_N, scored.target_N)
+        # 4. a weighted sum; `on_before_optimizer_step` divides by the count over ranks and micro-batches, so the
+        #    division that Lightning and the strategy are about to make is undone here
+        loss = weighted_sum(nll_N, scored.weight_N)
+        tally = torch.stack([loss.detach(), batch.maskable_BL.sum().to(loss.dtype)])
+        self._tally = tally if self._tally is None else self._tally + tally
+        return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
+
+    def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Divide gradients and loss by the number of maskable tokens of this step, over ranks and micro-batches."""
+        total, count = self.trainer.strategy.reduce(self._tally, reduce_op="sum")
+        self._tally = None
+        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        torch._foreach_div_([getattr(g, "_local_tensor", g) for g in gradients], count.clamp(min=1).item())
+        self.log("train/loss", total / count.clamp(min=1), prog_bar=True)
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in self.metrics.values():
+            metric.reset()
+
+    def validation_step(self, batch: Batch, _: int) -> None:
+        """Adds to `val/nelbo` (nats per token), `val/masked_ce` (unweighted) and `val/ar_nll` (next token, causal)."""
+        copies = self.nelbo_masks(batch)
+        tokens = batch.maskable_BL.sum()
+        if copies:
+            view = self.pattern.lay_out(batch, [mask_BL for mask_BL, _ in copies], self.mask_id)
+            scored = score(batch, view, copies)
+            nll_N = self.denoiser(view, scored.index_N, scored.target_N)
+            self._mean("nelbo", weighted_sum(nll_N, scored.weight_N), tokens)
+            self._mean("masked_ce", nll_N.sum(), torch.tensor(len(nll_N), device=nll_N.device))
+        scored = score(batch, AUTOREGRESSIVE.lay_out(batch, [], self.mask_id), [], ar_weight=1.0)
+        view = AUTOREGRESSIVE.lay_out(batch, [], self.mask_id)
+        nll_N = self.denoiser(view, scored.index_N, scored.target_N)
+        self._mean("ar_nll", nll_N.sum(), tokens)
+        if not copies:  # an autoregressive model's likelihood is exact
+            self._mean("nelbo", nll_N.sum(), tokens)
+
+    def _mean(self, name: str, total: Tensor, count: Tensor) -> None:
+        self.metrics[name].update(total / count.clamp(min=1), weight=count)
+
+    def on_validation_epoch_end(self) -> None:
+        for name, metric in self.metrics.items():
+            if metric.update_called:
+                self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo", rank_zero_only=False)
+
+    def draw(self, noise: Noise, batch: Batch, pattern: Pattern) -> Masked:
+        """One mask by a noise: groups are the pattern's blocks and the documents of each row."""
+        block_BL = groups(batch.position_BL, batch.document_BL, pattern.block_size)
+        document_BL = groups(batch.position_BL, batch.document_BL, None)
+        return noise.draw(batch.u_BL, batch.t_BL, batch.maskable_BL, block_BL, document_BL)
+
+    # The model
+
+    @cached_property
+    def source(self) -> Source | None:
+        """The AR source, opened; None for a model that is trained from scratch."""
+        return Source(self.source_name) if self.source_name else None
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The source's tokenizer, or else the data module's."""
+        if self.source:
+            return self.source.tokenizer()
+        trainer = getattr(self, "_trainer", None)
+        return trainer.datamodule.tokenizer if trainer else None
+
+    @cached_property
+    def model_config(self) -> Any:
+        """The network's config, its vocabulary large enough for the tokenizer and the mask token."""
+        config = self.source.config if self.source else build_config(self.config_values)
+        if not self.source:
+            config.vocab_size = len(self.tokenizer) + 1
+            config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
+            config.bos_token_id = None
+        if isinstance(self.mask_token, int) and not 0 <= self.mask_token < config.vocab_size:
+            raise ValueError(
+                f"model.mask_token: id {self.mask_token} is outside the vocabulary of {config.vocab_size} rows"
+            )
+        if self.mask_token is None:
+            config.vocab_size = max(config.vocab_size, len(self.tokenizer) + 1)
+        return config
+
+    @cached_property
+    def mask_id(self) -> int:
+        """The embedding row of the mask token."""
+        if self.mask_token is None:
+            return len(self.tokenizer)
+        if isinstance(self.mask_token, int):
+            return self.mask_token if self.model_config else -1
+        if self.mask_token not in self.tokenizer.get_vocab():
+            raise ValueError(f"model.mask_token: the tokenizer has no token {self.mask_token!r}")
+        return self.tokenizer.get_vocab()[self.mask_token]
+
+    def configure_model(self) -> None:
+        """Build the Denoiser, sharded where the strategy shards."""
+        if hasattr(self, "denoiser"):
+            return
+        source = self.source if self.pretrained else None
+        shards = getattr(getattr(self._trainer, "strategy", None), "shard", None)
+        network = build(self.model_config, source, attention.NAME, meta=bool(shards and source))
+        denoiser = self._denoiser(network)
+        if shards:
+            shards(denoiser, source)
+        self.denoiser = denoiser
+
+    def _denoiser(self, network: PreTrainedModel) -> Denoiser:
+        ids = self.tokenizer.get_vocab().values()
+        return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate)
+
+    def configure_optimizers(self) -> dict[str, Any]:
+        """AdamW with a cosine schedule over `trainer.max_steps`."""
+        matrices = [p for p in self.denoiser.parameters() if p.ndim > 1]
+        vectors = [p for p in self.denoiser.parameters() if p.ndim <= 1]
+        parameters = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas)
+        schedule = get_cosine_with_min_lr_schedule_with_warmup(
+            optimizer, self.warmup_steps, self.trainer.max_steps, min_lr_rate=self.min_lr_ratio
+        )
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    # Checkpoints
+
+    def facts(self) -> dict[str, int | float | str | None]:
+        """What a checkpoint states about itself: decoding reads it, and a continued run must agree with it."""
+        pattern = self.pattern
+        return {
+            "recipe": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model.source": self.source.fingerprint() if self.source else None,
+            "model.block_size": pattern.block_size,
+            "model.context": pattern.context,
+            "model.context_rank": pattern.context_rank,
+            "model.shift": self.shift,
+            "model.mask_id": self.mask_id,
+            "trainer.max_steps": self.trainer.max_steps,
+            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
+            **self.trainer.datamodule.facts(),
+        }
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint[FACTS] = self.facts()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Refuse a checkpoint of another recipe, source, block size, accumulation …, naming the difference."""
+        if FACTS not in checkpoint:
+            raise ValueError("this checkpoint was not written by dlm_lightning")
+        for name, mine in self.facts().items():
+            theirs = checkpoint[FACTS].get(name)
+            if theirs != mine:
+                raise ValueError(f"the checkpoint was made with {name} {theirs}, this run has {mine}")

@@ -1,0 +1,141 @@
+"""The AR source: where a pretrained model comes from, and its tensors read slice by slice from safetensors."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HFValidationError
+from safetensors import safe_open
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
+
+SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
+
+
+def locate(source: str) -> Path:
+    """The local folder of a source: a folder, a run folder, a folder of numbered runs (the newest), or a hub id.
+
+    Raises FileNotFoundError, naming what is missing.
+    """
+    path = Path(source).expanduser()
+    if path.is_dir():
+        runs = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
+        for folder in [path, path / SAVED_MODEL, *(run / SAVED_MODEL for run in runs)]:
+            if (folder / "config.json").is_file():
+                return _with_weights(folder)
+        raise FileNotFoundError(f"model.source: {source} holds no model (no config.json in it)")
+    if source.count("/") != 1 or source.startswith((".", "~", "/", "runs/")):
+        hint = "; `dlm fit ar_source` trains one" if Path(source).name == "ar_source" else ""
+        raise FileNotFoundError(f"model.source: there is no folder {source}{hint}")
+    try:
+        return _with_weights(Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])))
+    except (OSError, HFValidationError) as error:
+        raise FileNotFoundError(f"model.source: {source} is no local folder and cannot be fetched from the hub") from error
+
+
+def _with_weights(folder: Path) -> Path:
+    if (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
+        return folder
+    raise FileNotFoundError(f"model.source: {folder} holds a config but no weights ({SAFE_WEIGHTS_NAME})")
+
+
+class Source:
+    """A Hugging Face folder with config, tokenizer and safetensors; tensors are memory-mapped and never all loaded.
+
+    Args:
+        source: a hub id, a local folder, or a run folder of this project.
+    """
+
+    def __init__(self, source: str) -> None:
+        self.folder = locate(source)
+        index = self.folder / SAFE_WEIGHTS_INDEX_NAME
+        if index.is_file():
+            self._file_of = json.loads(index.read_text())["weight_map"]
+        else:
+            with safe_open(self.folder / SAFE_WEIGHTS_NAME, "pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
+        missing = {name for name in self._file_of.values() if not (self.folder / name).is_file()}
+        if missing:
+            raise FileNotFoundError(f"model.source: {self.folder} lacks {', '.join(sorted(missing))}")
+
+    @property
+    def config(self) -> PretrainedConfig:
+        """The source's configuration, a new copy at each call."""
+        return AutoConfig.from_pretrained(self.folder)
+
+    def tokenizer(self):
+        """The source's tokenizer."""
+        return AutoTokenizer.from_pretrained(self.folder)
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits that identify the weights: a hash of file sizes and of samples from each file."""
+        digest = hashlib.sha256()
+        for name in sorted(set(self._file_of.values())):
+            path = self.folder / name
+            size = path.stat().st_size
+            digest.update(f"{name} {size}".encode())
+            with path.open("rb") as file:
+                for place in range(16):
+                    file.seek(size * place // 16)
+                    digest.update(file.read(1 << 16))
+        return digest.hexdigest()[:16]
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._file_of
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of a tensor (all by default), read from the memory-mapped file; KeyError if it has none."""
+        if name not in self._file_of:
+            raise KeyError(f"model.source: {self.folder} has no tensor {name}")
+        with safe_open(self.folder / self._file_of[name], "pt") as file:
+            return file.get_slice(name)[start:stop]
+
+    def rows(self, name: str) -> int:
+        """The length of a tensor's first dimension."""
+        with safe_open(self.folder / self._file_of[name], "pt") as file:
+            return file.get_slice(name).get_shape()[0]
+
+
+def build_config(values: dict[str, Any]) -> PretrainedConfig:
+    """A transformers config from `model_type` and its keys; refuses a missing or unknown model type."""
+    try:
+        return AutoConfig.for_model(**values)
+    except (TypeError, ValueError) as error:
+        kind = values.get("model_type", "none")
+        raise ValueError(f"model.config: model_type {kind} is not one that transformers knows") from error
+
+
+def build(config: PretrainedConfig, source: Source | None, attention: str, *, meta: bool = False) -> PreTrainedModel:
+    """The network: from the source's weights, from random ones (source None), or empty on the meta device.
+
+    Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
+    embeddings (see `mean_row`).
+    """
+    for key, value in config.to_dict().items():
+        if "drop" in key and isinstance(value, float):
+            setattr(config, key, 0.0)
+    config.use_cache = False
+    if meta or source is None:
+        with torch.device("meta" if meta else "cpu"):
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+    rows = config.vocab_size
+    config.vocab_size = source.config.vocab_size
+    network = AutoModelForCausalLM.from_pretrained(source.folder, config=config, attn_implementation=attention, dtype=torch.float32)
+    if rows != config.vocab_size:
+        old = config.vocab_size
+        network.resize_token_embeddings(rows, mean_resizing=False)
+        for layer in unique([network.get_input_embeddings(), network.get_output_embeddings()], by="weight"):
+            with torch.no_grad():
+                layer.weight[old:] = layer.weight[:old].mean(0)
+    return network
+
+
+def unique(modules: list[nn.Module], by: str) -> list[nn.Module]:
+    """The modules without those that share the named parameter with an earlier one (tied embeddings)."""
+    return list({id(getattr(module, by)): module for module in reversed(modules)}.values())

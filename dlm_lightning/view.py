@@ -1,0 +1,201 @@
+"""What the model is shown: tokens, the coordinates that decide who sees whom, and the patterns that lay them out.
+
+Shapes: B rows, L tokens of a row as the data gives it, S tokens of a row as the model sees it (L per copy).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+
+class Batch(NamedTuple):
+    """Rows of packed documents and the raw uniforms that will become their noise.
+
+    ids_BL, position_BL, document_BL: int64. `position` counts from the document's own start, also when it spans rows;
+    `document` numbers the documents of a row from 0, and each padding token is a negative document of its own.
+    maskable_BL: bool, false for padding, prompts, and the first token of each document in the row.
+    u_BL: float32 in [0, 1), one per token. t_BL: float32 in (0, 1], one per slot; a block or a document reads the
+    slot of its first token. place_B: the sample's place in its epoch's order, -1 for a row of padding.
+    """
+
+    ids_BL: Tensor
+    position_BL: Tensor
+    document_BL: Tensor
+    maskable_BL: Tensor
+    u_BL: Tensor
+    t_BL: Tensor
+    place_B: Tensor
+
+
+@dataclass(frozen=True)
+class View:
+    """Token ids and five integer coordinates per token, all int64 of one shape [B, S].
+
+    position: place in the document; drives RoPE, shared by all copies of a token.
+    rank: visibility rank, the position at which the token's group (block) starts.
+    order: order inside a group; equal orders see each other.
+    copy: 0 is the context that later ranks may read; 1, 2, … are noisy copies, read by nobody else.
+    document: packed documents never see each other; a padding token is a negative document of its own.
+    structure: what is known of the whole view without looking at it: each document is one run, attended in `full` or
+    in `causal` order.
+    """
+
+    ids_BS: Tensor
+    position_BS: Tensor
+    rank_BS: Tensor
+    order_BS: Tensor
+    copy_BS: Tensor
+    document_BS: Tensor
+    structure: Literal["full", "causal"] | None = None
+
+    @property
+    def coordinates(self) -> tuple[Tensor, ...]:
+        """The six tensors, token ids first."""
+        return tuple(getattr(self, field.name) for field in fields(self)[:6])
+
+    def __getitem__(self, index: tuple) -> View:
+        """The same index applied to all tensors, as in `view[:, :, None]`."""
+        return View(*(tensor[index] for tensor in self.coordinates))
+
+    @staticmethod
+    def beside(views: Sequence[View]) -> View:
+        """Views laid side by side along S; a single view is returned as it is."""
+        if len(views) == 1:
+            return views[0]
+        return View(*(torch.cat(tensors, dim=1) for tensors in zip(*(v.coordinates for v in views), strict=True)))
+
+
+def sees(q: View, k: View) -> Tensor:
+    """Whether token q attends to token k, as a bool tensor of the broadcast shape of q and k.
+
+    same document and (k.copy = 0 and k.rank < q.rank, or k.copy = q.copy and k.rank = q.rank and k.order <= q.order)
+    """
+    context = (k.copy_BS == 0) & (k.rank_BS < q.rank_BS)
+    group = (k.copy_BS == q.copy_BS) & (k.rank_BS == q.rank_BS) & (k.order_BS <= q.order_BS)
+    return (k.document_BS == q.document_BS) & (context | group)
+
+
+def attention_mask(view: View, predicate=sees) -> Tensor:
+    """The predicate applied to all pairs of a view's tokens: bool [B, S, S], query first."""
+    return predicate(view[:, :, None], view[:, None, :])
+
+
+def groups(position_BL: Tensor, document_BL: Tensor, block_size: int | None) -> Tensor:
+    """For each token the row index at which its block (or document, if block_size is None) starts in this row.
+
+    Blocks lie on a document's own positions counted from 0, so the first and last block of a row may be ragged.
+    """
+    block_BL = block_start(position_BL, block_size)
+    changes_BL = torch.ones_like(document_BL, dtype=torch.bool)
+    changes_BL[:, 1:] = (document_BL.diff() != 0) | (block_BL.diff() != 0)
+    index_L = torch.arange(document_BL.shape[1], device=document_BL.device)
+    return torch.where(changes_BL, index_L, 0).cummax(dim=1).values
+
+
+def block_start(position: Tensor, block_size: int | None) -> Tensor:
+    """The position at which a token's block starts; 0 everywhere if block_size is None (one block per document)."""
+    return torch.zeros_like(position) if block_size is None else position // block_size * block_size
+
+
+def predictors(view: View, mask_id: int, shift: str, first_token: str = "clean") -> Tensor:
+    """For each token the index in its row of the token whose hidden state predicts it: int64 [B, S], -1 if absent.
+
+    A token shown as the mask is read at its own position, or with `next_token` shift at the one before; a token shown
+    clear can only be predicted from the one before. The first token of a block has its predecessor in copy 0, as
+    decoding has; `first_token: noisy` takes the predecessor in its own copy instead (the public Fast-dLLM v2 code).
+    """
+    own_BS = torch.arange(view.ids_BS.shape[1], device=view.ids_BS.device).expand_as(view.ids_BS)
+    starts_BS = view.position_BS == view.rank_BS
+    copy_BS = torch.where(starts_BS, 0, view.copy_BS) if first_token == "clean" else view.copy_BS
+
+    def key(copy_BS: Tensor, position_BS: Tensor) -> Tensor:
+        copies = 1 + view.copy_BS.max()
+        return ((view.document_BS * copies + copy_BS) << 40) + position_BS
+
+    sorted_BS, index_BS = key(view.copy_BS, view.position_BS).sort(dim=1)
+    wanted_BS = key(copy_BS, view.position_BS - 1)
+    place_BS = torch.searchsorted(sorted_BS, wanted_BS).clamp(max=sorted_BS.shape[1] - 1)
+    found_BS = (sorted_BS.gather(1, place_BS) == wanted_BS) & (view.position_BS > 0)
+    previous_BS = torch.where(found_BS, index_BS.gather(1, place_BS), -1)
+    return torch.where((view.ids_BS == mask_id) & (shift == "none"), own_BS, previous_BS)
+
+
+@dataclass(frozen=True)
+class Pattern:
+    """An attention pattern of the family: how a row and its masks become a view.
+
+    block_size: tokens per block; None is one block per document (full bidirectional), 1 is autoregressive.
+    context: what earlier blocks show: `clean` lays noisy copies beside one shared clean copy; `noisy` has no clean
+    copy, each block reads the noisy tokens before it.
+    context_rank: `block` (the clean copy sees whole blocks) or `causal` (token by token, which allows an AR loss on it).
+    """
+
+    block_size: int | None
+    context: Literal["clean", "noisy"] = "noisy"
+    context_rank: Literal["block", "causal"] = "block"
+
+    def __post_init__(self):
+        if self.block_size is not None and self.block_size < 1:
+            raise ValueError(f"block_size must be at least 1 or null, not {self.block_size}")
+        if self.context == "clean" and self.block_size is None:
+            raise ValueError("context: clean needs a block_size; with one block per document there is no context")
+
+    def lay_out(self, batch: Batch, masks: Sequence[Tensor], mask_id: int, with_ar_copy: bool = False) -> View:
+        """The view of a batch under one mask per noisy copy (bool [B, L]): S = L × (noisy copies + clean copies).
+
+        Noisy copies come first, in the order of `masks`; a clean copy, where there is one, is last. `with_ar_copy`
+        adds, to patterns without a clean copy, one that is its own document: an AR loss can be taken on it, and
+        nothing else sees it.
+        """
+        plain = self._copy(batch, batch.ids_BL, copy=0, block_size=self.block_size)
+        if self.context == "noisy" and len(masks) > 1:
+            raise ValueError("several noisy copies need context: clean")
+        noisy = [
+            replace(
+                plain,
+                ids_BS=torch.where(mask_BL, mask_id, batch.ids_BL),
+                copy_BS=torch.full_like(batch.ids_BL, n if self.context == "clean" else 0),
+            )
+            for n, mask_BL in enumerate(masks, start=1)
+        ]
+        if self.context == "clean":
+            causal = self.context_rank == "causal"
+            return View.beside([*noisy, self._copy(batch, batch.ids_BL, 0, 1 if causal else self.block_size)])
+        if with_ar_copy:
+            clean = self._copy(batch, batch.ids_BL, 0, block_size=1)
+            documents = batch.ids_BL.shape[1]
+            document_BL = torch.where(batch.document_BL < 0, batch.document_BL - documents, batch.document_BL + documents)
+            return View.beside([*noisy, replace(clean, document_BS=document_BL)])
+        return View.beside(noisy or [plain])
+
+    def continuation(self, ids_BL: Tensor, start: int) -> View:
+        """The view of one document per row whose block at `start` is being denoised: S = L.
+
+        Tokens before `start` (a block boundary) are context, the rest is the block; with a noisy context, or none,
+        everything is copy 0, as in training.
+        """
+        position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
+        block_BL = position_BL >= start
+        rank_BL = block_start(position_BL, self.block_size)
+        copy_BL = torch.zeros_like(ids_BL)
+        if self.context == "clean":
+            context_BL = position_BL if self.context_rank == "causal" else rank_BL
+            rank_BL, copy_BL = torch.where(block_BL, rank_BL, context_BL), block_BL.long()
+        zero_BL = torch.zeros_like(ids_BL)
+        return View(ids_BL, position_BL, rank_BL, zero_BL, copy_BL, zero_BL)
+
+    @staticmethod
+    def _copy(batch: Batch, ids_BL: Tensor, copy: int, block_size: int | None) -> View:
+        rank_BL = block_start(batch.position_BL, block_size)
+        order_BL = torch.zeros_like(ids_BL)
+        structure = {None: "full", 1: "causal"}.get(block_size)
+        copy_BL = torch.full_like(ids_BL, copy)
+        return View(ids_BL, batch.position_BL, rank_BL, order_BL, copy_BL, batch.document_BL, structure)
+
+
+AUTOREGRESSIVE = Pattern(block_size=1)

@@ -1,0 +1,42 @@
+"""Block-causal conversion after Efficient-DLM (arXiv 2512.14067): block-wise attention with clean context."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+from dlm_lightning.module import Recipe
+from dlm_lightning.noise import Noise
+from dlm_lightning.view import Pattern
+
+
+class BlockCausal(Recipe):
+    """Each noisy block sees itself in full and the context of all earlier blocks.
+
+    Args:
+        block_size: tokens per block, on the document's own positions.
+        context: `clean`: a clean copy beside the noisy one, so that earlier blocks are read unmasked, as in decoding;
+            `noisy`: one copy, earlier blocks are read as they are, masks included.
+        context_rank: with clean context, whether the clean copy sees whole `block`s or is `causal` token by token,
+            which an AR loss on it needs; prefill must follow the same rule.
+        noise: which tokens are masked and what they weigh.
+        **options: see `Recipe`.
+    """
+
+    def __init__(
+        self,
+        block_size: int = 16,
+        context: Literal["clean", "noisy"] = "clean",
+        context_rank: Literal["block", "causal"] = "block",
+        noise: Noise = Noise(masking="tilted", weight="inverse_t"),
+        **options: Any,
+    ) -> None:
+        super().__init__(noise=noise, **options)
+        self._pattern = Pattern(block_size, context, context_rank)
+        if self.ar_weight and context == "clean" and context_rank == "block":
+            raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; whole blocks would see the answer")
+        if context == "noisy" and context_rank == "causal":
+            raise ValueError("model.context_rank: causal needs model.context: clean; there is no clean copy to rank")
+
+    @property
+    def pattern(self) -> Pattern:
+        return self._pattern
