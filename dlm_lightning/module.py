@@ -181,10 +181,7 @@ class Recipe(L.LightningModule):
     @cached_property
     def tokenizer(self) -> Any:
         """The source's tokenizer, or else the data module's."""
-        if self.source:
-            return self.source.tokenizer()
-        trainer = getattr(self, "_trainer", None)
-        return trainer.datamodule.tokenizer if trainer else None
+        return self.source.tokenizer() if self.source else self.trainer.datamodule.tokenizer
 
     @cached_property
     def model_config(self) -> Any:

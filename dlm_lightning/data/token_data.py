@@ -139,7 +139,8 @@ class TokenData(L.LightningDataModule):
 
     def _packed(self, split: Split) -> datasets.Dataset:
         if self.tokenizer is None:
-            self.tokenizer = self.trainer.lightning_module.tokenizer or self._trained_tokenizer()
+            recipe = self.trainer.lightning_module
+            self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
             if self.tokenizer.eos_token_id is None:
                 raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
         rows = datasets.Dataset.from_generator(

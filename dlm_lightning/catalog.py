@@ -1,0 +1,118 @@
+"""What can be run: recipes by name or path, their YAML with its fragments, and the classes that plug in. No torch here."""
+
+from __future__ import annotations
+
+import ast
+import difflib
+import importlib
+import importlib.util
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any
+from warnings import warn
+
+ENTRY_POINTS = "dlm_lightning.recipes"
+
+
+@dataclass(frozen=True)
+class RecipeFile:
+    """A recipe's YAML, its name, where it comes from, and the module to import first (an entry point's), if any."""
+
+    name: str
+    path: Path
+    origin: str
+    module: str | None = None
+
+
+def recipes() -> list[RecipeFile]:
+    """The shipped recipes and those of installed packages, by name."""
+    shipped = [RecipeFile(p.stem, p, "dlm_lightning") for p in folder("recipes").glob("*.yaml")]
+    installed = []
+    for entry in entry_points(group=ENTRY_POINTS):
+        try:
+            spec = importlib.util.find_spec(entry.value)
+            path = Path(spec.origin).with_suffix(".yaml") if spec and spec.origin else None
+        except ImportError:
+            path = None
+        if path is None or not path.is_file():
+            warn(f"plug-in {entry.name} ({entry.value}) has no YAML beside its module and is left out", stacklevel=2)
+            continue
+        installed.append(RecipeFile(entry.name, path, entry.dist.name if entry.dist else entry.value, entry.value))
+    return sorted([*shipped, *installed], key=lambda recipe: recipe.name)
+
+
+def folder(name: str) -> Path:
+    """The installed folder of `recipes`, `callbacks` or `configs`."""
+    return Path(next(iter(importlib.import_module(f"dlm_lightning.{name}").__path__)))
+
+
+def find(recipe: str) -> RecipeFile:
+    """The recipe of a name or of a YAML's path; raises FileNotFoundError with the nearest name."""
+    path = Path(recipe).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if path.is_file():
+            return RecipeFile(path.stem, path.resolve(), str(path.resolve().parent))
+        raise FileNotFoundError(f"there is no recipe file {recipe}")
+    known = {found.name: found for found in recipes()}
+    if recipe in known:
+        return known[recipe]
+    raise FileNotFoundError(f"there is no recipe {recipe}{nearest(recipe, known)}; `dlm list` shows all")
+
+
+def nearest(name: str, known: Any) -> str:
+    """`; did you mean X?`, or nothing if nothing is near."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+def compose(path: Path) -> dict[str, Any]:
+    """A recipe's YAML over the fragments that it extends, in order: a deep merge in which lists are replaced.
+
+    Fragments are relative to the file that names them and may extend others; interpolations are kept.
+    """
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+    from yaml import YAMLError
+
+    def load(path: Path, within: tuple[Path, ...]) -> Any:
+        if path in within:
+            raise ValueError(f"{path} extends itself")
+        if not path.is_file():
+            raise FileNotFoundError(f"{within[-1]} extends {path}, which does not exist")
+        try:
+            own = OmegaConf.load(path)
+            if not OmegaConf.is_dict(own):
+                raise ValueError(f"{path} is not a mapping of keys to values")
+            extends = own.pop("extends", [])
+        except (YAMLError, OmegaConfBaseException) as error:
+            raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
+        extends = [extends] if isinstance(extends, str) else extends
+        return OmegaConf.merge(*(load((path.parent / part).resolve(), (*within, path)) for part in extends), own)
+
+    return OmegaConf.to_container(load(path.resolve(), ()), resolve=False)
+
+
+def make_importable(recipe: RecipeFile) -> None:
+    """Put a recipe's folder on the path, or import its plug-in; a plug-in that fails is named in a warning."""
+    if recipe.module is None:
+        if recipe.origin != "dlm_lightning" and recipe.origin not in sys.path:
+            sys.path.insert(0, recipe.origin)
+        return
+    try:
+        importlib.import_module(recipe.module)
+    except Exception as error:
+        warn(f"plug-in {recipe.name} ({recipe.module}) fails to import: {error}", stacklevel=2)
+
+
+def classes(package: str, base: str) -> Iterator[tuple[str, str]]:
+    """(class path, first line of its docstring) of the classes in a package that extend `base`, without importing."""
+    spec = importlib.util.find_spec(package)
+    assert spec and spec.submodule_search_locations
+    for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef) and base in {ast.unparse(parent).split(".")[-1] for parent in node.bases}:
+                doc = (ast.get_docstring(node) or "").split("\n")[0]
+                yield f"{package}.{path.stem}.{node.name}", doc

@@ -1,0 +1,122 @@
+"""The command line. It imports no torch until a command needs it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+from dlm_lightning import __version__, catalog
+
+FIT_HELP = """
+  dlm fit block_causal                                    a shipped recipe by name …
+  dlm fit mine.yaml model.block_size=32 --run runs/mine   … or a YAML, with overrides and a folder of one's own
+
+key=value stands for LightningCLI's --key=value; all of its options work:
+  --print_config            the resolved configuration, then stop
+  --help, --model.help CLASS, --data.help CLASS, --trainer.help   what can be set
+  --ckpt_path FILE          start a new run from a checkpoint
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; errors become one sentence on stderr and exit code 1 (2 for a wrong command line)."""
+    warnings.showwarning = lambda message, *_: print(f"dlm: {message}", file=sys.stderr)
+    try:
+        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if os.environ.get("DLM_DEBUG") == "1":
+            raise
+        print(f"dlm: {sentence(error)}", file=sys.stderr)
+        return 1
+
+
+def _dispatch(argv: list[str]) -> int:
+    if argv[:1] == ["fit"]:
+        return _fit(argv[1:])
+    parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
+    parser.add_argument("--version", action="version", version=f"dlm {__version__}")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    commands.add_parser("list", help="recipes, data modules and callbacks, and where each comes from")
+    commands.add_parser("fit", help="train a recipe; `dlm fit --help` says more")
+    for name, about in (
+        ("resume", "continue a run from its newest complete checkpoint"),
+        ("validate", "validate a run's newest checkpoint"),
+        ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
+    ):
+        commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
+    show = commands.add_parser("show", help="draw a recipe's attention pattern: who sees whom")
+    show.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
+    show.add_argument("overrides", metavar="key=value", nargs="*")
+    show.add_argument("--out", metavar="PNG", help="where the picture goes; default <recipe>.png")
+    args = parser.parse_args(argv)
+    if args.command == "list":
+        return _list()
+    if args.command == "show":
+        from dlm_lightning.picture import show as draw
+
+        print(draw(args.recipe, args.overrides, args.out))
+        return 0
+    if args.command == "summary":
+        from dlm_lightning.summary import summarize
+
+        summarize(args.run)
+        return 0
+    from dlm_lightning import training
+
+    print(f"run: {getattr(training, args.command)(args.run)}")
+    return 0
+
+
+def _fit(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm fit",
+        usage="dlm fit RECIPE [key=value …] [--run DIR] [--ckpt_path FILE] [LightningCLI options]",
+        description="Train a recipe in a new run folder.",
+        epilog=FIT_HELP,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        add_help=False,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--run", metavar="DIR", help="the run folder; default runs/<recipe>/<number>")
+    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint of the same recipe to start from")
+    args, words = parser.parse_known_args(argv)
+    recipe = next((word for word in words if not word.startswith("-") and "=" not in word), None)
+    if recipe is None and {"--help", "-h"} & set(words):
+        parser.print_help()
+        return 0
+    if recipe is None:
+        parser.error("which recipe? `dlm list` shows all")
+    words.remove(recipe)
+    from dlm_lightning import training
+
+    print(f"run: {training.fit(recipe, words, args.run, args.ckpt_path)}")
+    return 0
+
+
+def _list() -> int:
+    plugins = {"data modules": ("dlm_lightning.data", "TokenData"), "callbacks": ("dlm_lightning.callbacks", "Callback")}
+    tables = {"recipes": [(recipe.name, _title(recipe.path), recipe.origin) for recipe in catalog.recipes()]}
+    for title, (package, base) in plugins.items():
+        found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]
+        tables[title] = [(name, about, module) for module, name, about in found]
+    for title, rows in tables.items():
+        print(title)
+        for name, about, origin in rows:
+            print(f"  {name:<20} {about}\n  {'':<20} from {origin}")
+    return 0
+
+
+def _title(path: Path) -> str:
+    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
+    return first.removeprefix("#").strip() if first.startswith("#") else "no description"
+
+
+def sentence(error: Exception) -> str:
+    """An error as one sentence: of a parser's nested report, the innermost reason, with its key and the nearest name."""
+    return " ".join(str(error).split()) or type(error).__name__

@@ -1,0 +1,56 @@
+"""Run folders: made once, never overwritten, and enough to repeat the run. No torch here."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+CONFIG, ORIGIN = "config.yaml", "origin.json"
+RUN_VARIABLE = "DLM_RUN"  # hands the folder to the processes that Lightning starts for the other local ranks
+
+
+def create(recipe: str, folder: str | None) -> Path:
+    """Make a new run folder, `runs/<recipe>/<number>` unless named; refuses one that already holds something."""
+    if RUN_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
+        return Path(os.environ[RUN_VARIABLE])
+    if folder is None:
+        parent = Path("runs") / recipe
+        parent.mkdir(parents=True, exist_ok=True)
+        number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
+        while True:
+            try:
+                (parent / str(number)).mkdir()
+                break
+            except FileExistsError:
+                number += 1
+        run = parent / str(number)
+    else:
+        run = Path(folder).expanduser()
+        if run.is_file() or (run.is_dir() and any(run.iterdir())):
+            raise FileExistsError(f"--run {folder} already holds another run; resume it with `dlm resume {folder}`")
+        run.mkdir(parents=True, exist_ok=True)
+    os.environ[RUN_VARIABLE] = str(run.resolve())
+    return run.resolve()
+
+
+def discard(run: Path) -> None:
+    """Remove the folder of a run that never began; one that holds a config is kept."""
+    if not (run / CONFIG).exists():
+        shutil.rmtree(run, ignore_errors=True)
+
+
+def write_origin(run: Path, **facts: Any) -> None:
+    """Note where a run's recipe comes from."""
+    (run / ORIGIN).write_text(json.dumps(facts, indent=2) + "\n")
+
+
+def open_run(folder: str) -> tuple[Path, dict[str, Any]]:
+    """A run folder and what was noted about its recipe; raises FileNotFoundError if it is not one."""
+    run = Path(folder).expanduser().resolve()
+    if not (run / CONFIG).is_file() or not (run / ORIGIN).is_file():
+        raise FileNotFoundError(f"{folder} is not a run folder ({CONFIG} or {ORIGIN} is missing)")
+    os.environ[RUN_VARIABLE] = str(run)
+    return run, json.loads((run / ORIGIN).read_text())

@@ -1,0 +1,149 @@
+"""What `dlm fit`, `resume` and `validate` do: a recipe becomes a Lightning run."""
+
+from __future__ import annotations
+
+import logging
+import math
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from lightning import LightningDataModule
+from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_info
+
+from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (strategies registers fsdp2)
+from dlm_lightning.loggers import MetricsCSV
+from dlm_lightning.module import Recipe
+
+PLACEHOLDER = "runs/RECIPE/NUMBER"
+
+
+def quiet() -> None:
+    """Leave only what a user can act on: no tips, no notes on hardware that is not there, no deprecations of others."""
+    warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|pydantic)\b.*")
+    for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+
+def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> LightningCLI:
+    """Parse a composed recipe and instantiate its trainer, model and data.
+
+    `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
+    """
+    options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
+    return LightningCLI(
+        Recipe,
+        LightningDataModule,
+        subclass_mode_model=True,
+        subclass_mode_data=True,
+        run=False,
+        args=[f"--config={yaml.safe_dump(config, sort_keys=False)}", *options, f"--trainer.default_root_dir={run}"],
+        auto_configure_optimizers=False,
+        save_config_callback=None,
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False},
+    )
+
+
+def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: str | None) -> Path:
+    """Train a recipe in a new run folder and return the folder; nothing is left of one that never began."""
+    quiet()
+    found = catalog.find(recipe)
+    config = catalog.compose(found.path)
+    catalog.make_importable(found)
+    if {"--print_config", "--help", "-h"} & {word.split("=")[0] for word in overrides} or any(
+        word.endswith(".help") for word in overrides
+    ):
+        parse(config, overrides, PLACEHOLDER)  # prints and exits
+    start = _known(Path(ckpt_path)) if ckpt_path else None
+    run = runs.create(found.name, folder)
+    try:
+        cli = parse(config, overrides, run)
+        (run / "checkpoints").mkdir(exist_ok=True)
+        (run / "drift").mkdir(exist_ok=True)
+        runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
+        cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
+        _train(cli, start)
+    except BaseException:
+        if not any((run / "checkpoints").glob("*")) and not (run / "metrics.csv").exists():
+            (run / runs.CONFIG).unlink(missing_ok=True)
+            runs.discard(run)
+        raise
+    return run
+
+
+def resume(folder: str) -> Path:
+    """Continue a run from its newest complete checkpoint, or from step 0 if it has none; refuses a finished run."""
+    quiet()
+    run, cli = reopen(folder)
+    start = checkpoint.newest(run)
+    steps = checkpoint.read(start)["global_step"] if start else 0
+    if steps >= cli.trainer.max_steps:
+        raise ValueError(f"{folder} is finished: it has made all {steps} of its {cli.trainer.max_steps} steps")
+    if start is None:
+        rank_zero_info(f"{folder} has no checkpoint yet; it starts again from step 0")
+    for logger in cli.trainer.loggers:
+        if isinstance(logger, MetricsCSV):
+            logger.keep(steps)
+    _train(cli, start)
+    return run
+
+
+def validate(folder: str) -> Path:
+    """Validate a run's newest checkpoint and print what it measures."""
+    quiet()
+    run, cli = reopen(folder, "--trainer.logger=false")
+    start = checkpoint.newest(run)
+    if start is None:
+        raise FileNotFoundError(f"{folder} has no complete checkpoint to validate")
+    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(start), weights_only=True)
+    return run
+
+
+def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
+    """A run folder's trainer, model and data as its config describes them, wherever the folder lies now."""
+    run, origin = runs.open_run(folder)
+    catalog.make_importable(catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"]))
+    text = (run / runs.CONFIG).read_text()
+    then = yaml.safe_load(text)["trainer"]["default_root_dir"]
+    return run, parse(yaml.safe_load(text.replace(then, str(run))), overrides, run)
+
+
+def _known(path: Path) -> Path:
+    checkpoint.read(path)
+    return path
+
+
+def _train(cli: LightningCLI, start: Path | None) -> None:
+    if start is None:
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+        if cli.trainer.is_global_zero:
+            print(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics), flush=True)
+    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
+    if cli.trainer.interrupted:
+        sys.exit(130)
+
+
+def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:
+    """One line that says whether the initial loss is normal, from a validation pass before the first step."""
+    guess, unigram = math.log(recipe.model_config.vocab_size), data.unigram_entropy()
+    marks = f"a uniform guess is ln V = {guess:.2f}, the corpus's unigram entropy {unigram:.2f}"
+    if "val/masked_ce" not in metrics:
+        return f"step 0: next-token NLL {metrics['val/ar_nll']:.2f} nats; {marks}"
+    loss = float(metrics["val/masked_ce"])
+    own = f"the source's own next-token NLL {metrics['val/ar_nll']:.2f}"
+    if not recipe.pretrained:
+        verdict = "normal for random weights: about ln V" if loss < guess + 1 else "high: random weights start near ln V"
+    elif loss < unigram:
+        verdict = "normal: the source already reads this pattern better than word frequencies"
+    elif loss < 3 * guess:
+        verdict = (
+            "normal: the source has never seen the mask token, so it starts between its own NLL and about three times "
+            "ln V, and falls below the unigram entropy early in training"
+        )
+    else:
+        verdict = "high: look at model.shift and model.mask_token before training on"
+    return f"step 0: masked cross-entropy {loss:.2f} nats, unweighted; {marks}, {own}. {verdict}"
