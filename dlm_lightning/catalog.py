@@ -1,4 +1,4 @@
-"""What can be run: recipes by name or path, their YAML with its fragments, and the classes that plug in. No torch here."""
+"""What can be run: recipes by name or path, their YAML with its fragments, the classes that plug in. No torch here."""
 
 from __future__ import annotations
 

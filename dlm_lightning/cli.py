@@ -100,7 +100,10 @@ def _fit(argv: list[str]) -> int:
 
 
 def _list() -> int:
-    plugins = {"data modules": ("dlm_lightning.data", "TokenData"), "callbacks": ("dlm_lightning.callbacks", "Callback")}
+    plugins = {
+        "data modules": ("dlm_lightning.data", "TokenData"),
+        "callbacks": ("dlm_lightning.callbacks", "Callback"),
+    }
     tables = {"recipes": [(recipe.name, _title(recipe.path), recipe.origin) for recipe in catalog.recipes()]}
     for title, (package, base) in plugins.items():
         found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]
@@ -118,5 +121,5 @@ def _title(path: Path) -> str:
 
 
 def sentence(error: Exception) -> str:
-    """An error as one sentence: of a parser's nested report, the innermost reason, with its key and the nearest name."""
+    """An error as one sentence: of a parser's nested report, the innermost reason, its key and the nearest name."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -5,7 +5,6 @@ Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
-from abc import abstractmethod
 from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, ClassVar, Literal
@@ -28,10 +27,11 @@ FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must sh
 
 
 class Recipe(L.LightningModule):
-    """Trains a network by one attention pattern. A recipe of one's own implements `pattern`, and may override `corrupt`,
+    """Trains a network by one attention pattern. A recipe of one's own passes its pattern, and may override `corrupt`,
     `train_pattern` and `predicate`.
 
     Args:
+        pattern: the attention pattern of the finished model: validation and decoding use it.
         source: the AR model to start from: a hub id, a local folder, or a run folder of this project.
         config: without a source, the keys of a transformers config; `model_type` names the architecture.
         pretrained: start from the source's weights; false keeps its config and tokenizer and starts from random ones.
@@ -53,6 +53,7 @@ class Recipe(L.LightningModule):
 
     def __init__(
         self,
+        pattern: Pattern,
         source: str | None = None,
         config: dict[str, Any] | None = None,
         pretrained: bool = True,
@@ -69,12 +70,15 @@ class Recipe(L.LightningModule):
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
-            raise ValueError("give either model.source (a pretrained model) or model.config (one to train from scratch)")
+            raise ValueError("give one of model.source (a pretrained model) and model.config (to train from scratch)")
         if noise.masking not in self.maskings:
             raise ValueError(
                 f"noise.masking: {noise.masking} does not go with {type(self).__name__}, "
                 f"which takes {' or '.join(self.maskings)}"
             )
+        if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
+            raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
+        self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
         self.mask_token, self.shift, self.first_token = mask_token, shift, first_token
         self.noise, self.ar_weight = noise, ar_weight
@@ -84,11 +88,6 @@ class Recipe(L.LightningModule):
         self._tally: Tensor | None = None
 
     # What a recipe decides
-
-    @property
-    @abstractmethod
-    def pattern(self) -> Pattern:
-        """The attention pattern of the finished model: validation and decoding use it."""
 
     @property
     def train_pattern(self) -> Pattern:
@@ -102,7 +101,7 @@ class Recipe(L.LightningModule):
         return [self.draw(self.noise, batch, pattern)]
 
     def nelbo_masks(self, batch: Batch) -> list[Masked]:
-        """The masks of the NELBO: uniform, k = ceil(t·L') and weight L'/k in each block, whatever the recipe trains by."""
+        """The masks of the NELBO: uniform, k = ceil(t·L'), weight L'/k in each block, whatever the recipe trains by."""
         return [self.draw(NELBO, batch, self.pattern)]
 
     # The step

@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-CONFIG, ORIGIN = "config.yaml", "origin.json"
+CONFIG, ORIGIN, METRICS = "config.yaml", "origin.json", "metrics.csv"
 RUN_VARIABLE = "DLM_RUN"  # hands the folder to the processes that Lightning starts for the other local ranks
 
 

@@ -34,9 +34,13 @@ def locate(source: str) -> Path:
         hint = "; `dlm fit ar_source` trains one" if Path(source).name == "ar_source" else ""
         raise FileNotFoundError(f"model.source: there is no folder {source}{hint}")
     try:
-        return _with_weights(Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"])))
+        return _with_weights(
+            Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+        )
     except (OSError, HFValidationError) as error:
-        raise FileNotFoundError(f"model.source: {source} is no local folder and cannot be fetched from the hub") from error
+        raise FileNotFoundError(
+            f"model.source: {source} is no local folder and cannot be fetched from the hub"
+        ) from error
 
 
 def _with_weights(folder: Path) -> Path:
@@ -126,7 +130,9 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
-    network = AutoModelForCausalLM.from_pretrained(source.folder, config=config, attn_implementation=attention, dtype=torch.float32)
+    network = AutoModelForCausalLM.from_pretrained(
+        source.folder, config=config, attn_implementation=attention, dtype=torch.float32
+    )
     if rows != config.vocab_size:
         old = config.vocab_size
         network.resize_token_embeddings(rows, mean_resizing=False)

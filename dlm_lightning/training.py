@@ -68,7 +68,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
         cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
     except BaseException:
-        if not any((run / "checkpoints").glob("*")) and not (run / "metrics.csv").exists():
+        if not any((run / "checkpoints").glob("*")) and not (run / runs.METRICS).exists():
             (run / runs.CONFIG).unlink(missing_ok=True)
             runs.discard(run)
         raise
@@ -106,7 +106,9 @@ def validate(folder: str) -> Path:
 def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
     """A run folder's trainer, model and data as its config describes them, wherever the folder lies now."""
     run, origin = runs.open_run(folder)
-    catalog.make_importable(catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"]))
+    catalog.make_importable(
+        catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"])
+    )
     text = (run / runs.CONFIG).read_text()
     then = yaml.safe_load(text)["trainer"]["default_root_dir"]
     return run, parse(yaml.safe_load(text.replace(then, str(run))), overrides, run)
@@ -136,7 +138,9 @@ def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:
     loss = float(metrics["val/masked_ce"])
     own = f"the source's own next-token NLL {metrics['val/ar_nll']:.2f}"
     if not recipe.pretrained:
-        verdict = "normal for random weights: about ln V" if loss < guess + 1 else "high: random weights start near ln V"
+        verdict = (
+            "normal for random weights: about ln V" if loss < guess + 1 else "high: random weights start near ln V"
+        )
     elif loss < unigram:
         verdict = "normal: the source already reads this pattern better than word frequencies"
     elif loss < 3 * guess:

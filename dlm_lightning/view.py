@@ -132,7 +132,7 @@ class Pattern:
     block_size: tokens per block; None is one block per document (full bidirectional), 1 is autoregressive.
     context: what earlier blocks show: `clean` lays noisy copies beside one shared clean copy; `noisy` has no clean
     copy, each block reads the noisy tokens before it.
-    context_rank: `block` (the clean copy sees whole blocks) or `causal` (token by token, which allows an AR loss on it).
+    context_rank: `block` (the clean copy sees whole blocks) or `causal` (token by token; allows an AR loss on it).
     """
 
     block_size: int | None
@@ -144,6 +144,8 @@ class Pattern:
             raise ValueError(f"block_size must be at least 1 or null, not {self.block_size}")
         if self.context == "clean" and self.block_size is None:
             raise ValueError("context: clean needs a block_size; with one block per document there is no context")
+        if self.context == "noisy" and self.context_rank == "causal":
+            raise ValueError("context_rank: causal needs context: clean; without a clean copy there is none to rank")
 
     def lay_out(self, batch: Batch, masks: Sequence[Tensor], mask_id: int, with_ar_copy: bool = False) -> View:
         """The view of a batch under one mask per noisy copy (bool [B, L]): S = L × (noisy copies + clean copies).
@@ -168,8 +170,8 @@ class Pattern:
             return View.beside([*noisy, self._copy(batch, batch.ids_BL, 0, 1 if causal else self.block_size)])
         if with_ar_copy:
             clean = self._copy(batch, batch.ids_BL, 0, block_size=1)
-            documents = batch.ids_BL.shape[1]
-            document_BL = torch.where(batch.document_BL < 0, batch.document_BL - documents, batch.document_BL + documents)
+            apart = batch.ids_BL.shape[1]  # more than a row has documents
+            document_BL = torch.where(batch.document_BL < 0, batch.document_BL - apart, batch.document_BL + apart)
             return View.beside([*noisy, replace(clean, document_BS=document_BL)])
         return View.beside(noisy or [plain])
 

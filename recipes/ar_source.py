@@ -17,11 +17,7 @@ class ArSource(Recipe):
     """
 
     def __init__(self, **options: Any) -> None:
-        super().__init__(shift="next_token", first_token="clean", noise=NELBO, ar_weight=1.0, **options)
-
-    @property
-    def pattern(self) -> Pattern:
-        return AUTOREGRESSIVE
+        super().__init__(AUTOREGRESSIVE, shift="next_token", first_token="clean", noise=NELBO, ar_weight=1.0, **options)
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
         return []

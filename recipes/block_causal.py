@@ -30,13 +30,4 @@ class BlockCausal(Recipe):
         noise: Noise = Noise(masking="tilted", weight="inverse_t"),
         **options: Any,
     ) -> None:
-        super().__init__(noise=noise, **options)
-        self._pattern = Pattern(block_size, context, context_rank)
-        if self.ar_weight and context == "clean" and context_rank == "block":
-            raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; whole blocks would see the answer")
-        if context == "noisy" and context_rank == "causal":
-            raise ValueError("model.context_rank: causal needs model.context: clean; there is no clean copy to rank")
-
-    @property
-    def pattern(self) -> Pattern:
-        return self._pattern
+        super().__init__(Pattern(block_size, context, context_rank), noise=noise, **options)

@@ -33,14 +33,7 @@ class ComplementaryMask(Recipe):
         noise: Noise = Noise(masking="complementary", weight="one"),
         **options: Any,
     ) -> None:
-        super().__init__(shift=shift, noise=noise, **options)
-        self._pattern = Pattern(block_size, "clean", context_rank)
-        if self.ar_weight and context_rank == "block":
-            raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; whole blocks would see the answer")
-
-    @property
-    def pattern(self) -> Pattern:
-        return self._pattern
+        super().__init__(Pattern(block_size, "clean", context_rank), shift=shift, noise=noise, **options)
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
         first = self.draw(self.noise, batch, pattern)

@@ -28,14 +28,10 @@ class FullBidirectional(Recipe):
         annealing_steps: int = 0,
         **options: Any,
     ) -> None:
-        super().__init__(shift=shift, first_token="clean", noise=noise, **options)
+        super().__init__(Pattern(block_size=None), shift=shift, first_token="clean", noise=noise, **options)
         if annealing_steps < 0:
             raise ValueError(f"model.annealing_steps must be at least 0, not {annealing_steps}")
         self.annealing_steps = annealing_steps
-
-    @property
-    def pattern(self) -> Pattern:
-        return Pattern(block_size=None)
 
     @property
     def train_pattern(self) -> Pattern:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import glob
 import hashlib
+import os
 import sysconfig
 from collections.abc import Iterator
 from functools import cached_property
@@ -12,7 +13,7 @@ from typing import Any
 
 from dlm_lightning.data.token_data import Split, TokenData
 
-NOT_LIBRARY = {"test", "tests", "site-packages", "dist-packages", "__pycache__"}
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
 
 
 class TextFiles(TokenData):
@@ -39,30 +40,34 @@ class TextFiles(TokenData):
 
     @cached_property
     def files(self) -> list[tuple[str, Path]]:
-        """(name, path) of each file, sorted by name; raises FileNotFoundError for a path that matches nothing."""
-        if self.paths is None:
-            root = Path(sysconfig.get_path("stdlib"))
-            found = {p.relative_to(root).as_posix(): p for p in root.rglob("*.py")}
-            return sorted((name, p) for name, p in found.items() if not NOT_LIBRARY & set(p.relative_to(root).parts))
-        found = {}
-        for path in self.paths:
-            matches = [Path(match) for match in glob.glob(str(Path(path).expanduser()), recursive=True)]
-            if not matches:
-                raise FileNotFoundError(f"data.paths: nothing matches {path}")
-            for match in matches:
-                if match.is_dir():
-                    inside = (p for p in match.rglob("*") if p.suffix in self.suffixes and p.is_file())
-                    found |= {p.relative_to(match.parent).as_posix(): p for p in inside}
-                else:
-                    found[match.name if Path(path) == match else match.as_posix()] = match
-        if not found:
-            raise FileNotFoundError(f"data.paths: {', '.join(self.paths)} hold no {' '.join(self.suffixes)} file")
-        return sorted(found.items())
+        """(name, path) of each file, sorted; a name is a path below the folder that holds all files.
+
+        Raises FileNotFoundError for a path that matches nothing, and ValueError if there are not two files to split.
+        """
+        found = _library() if self.paths is None else {file for path in self.paths for file in self._matching(path)}
+        if len(found) < 2:
+            raise ValueError(
+                f"data.paths: {', '.join(self.paths or [])} must hold at least two {' '.join(self.suffixes)} files, "
+                f"one to train on and one for validation, not {len(found)}"
+            )
+        root = os.path.commonpath([file.parent for file in found])
+        return sorted((file.relative_to(root).as_posix(), file) for file in found)
+
+    def _matching(self, path: str) -> Iterator[Path]:
+        """The absolute paths of a file, of a folder's files, or of what a glob matches."""
+        place = Path(path).expanduser().absolute()
+        matches = [place] if place.exists() else [Path(match) for match in glob.glob(str(place), recursive=True)]
+        if not matches:
+            raise FileNotFoundError(f"data.paths: nothing matches {path}")
+        for match in matches:
+            inside = (file for file in match.rglob("*") if file.suffix in self.suffixes and file.is_file())
+            yield from (Path(os.path.normpath(file)) for file in (inside if match.is_dir() else [match]))
 
     def texts(self, split: Split) -> Iterator[tuple[str, str]]:
-        """The files of a split, in the order of a hash of their names."""
+        """The files of a split that are not empty, in the order of a hash of their names."""
         for _, path in self._split()[split]:
-            yield "", path.read_text(encoding="utf-8", errors="replace")
+            if text := path.read_text(encoding="utf-8", errors="replace"):
+                yield "", text
 
     def identity(self) -> str:
         """Names, sizes and times of the files, and the share that is kept for validation."""
@@ -70,7 +75,12 @@ class TextFiles(TokenData):
         return "\n".join([str(self.val_share), *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)])
 
     def _split(self) -> dict[Split, list[tuple[str, Path]]]:
-        """Files by split: those with the smallest hashes are kept for validation, at least one if there are two."""
+        """Files by split: those with the smallest hashes are kept for validation, at least one in each."""
         files = sorted(self.files, key=lambda file: hashlib.sha256(file[0].encode()).digest())
         kept = min(max(1, round(len(files) * self.val_share)), len(files) - 1)
         return {"val": files[:kept], "train": files[kept:]}
+
+
+def _library() -> set[Path]:
+    root = Path(sysconfig.get_path("stdlib"))
+    return {file for file in root.rglob("*.py") if not NOT_LIBRARY & set(file.relative_to(root).parts)}

@@ -6,6 +6,7 @@ import hashlib
 import os
 from abc import abstractmethod
 from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Literal
 
@@ -54,9 +55,10 @@ class TokenData(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        for name, value in (("row_length", row_length), ("batch_size", batch_size), ("val_rows", val_rows)):
-            if value is not None and value < 1:
-                raise ValueError(f"data.{name} must be at least 1, not {value}")
+        least = {"row_length": (row_length, 2), "batch_size": (batch_size, 1), "val_rows": (val_rows, 1)}
+        for name, (value, minimum) in least.items():  # a row of one token has nothing to mask
+            if value is not None and value < minimum:
+                raise ValueError(f"data.{name} must be at least {minimum}, not {value}")
         self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows
         self.vocab_size, self.seed, self.num_workers = vocab_size, seed, num_workers
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
@@ -98,7 +100,7 @@ class TokenData(L.LightningDataModule):
     def facts(self) -> dict[str, int | str]:
         """What must stay as it is when a run is continued."""
         return {
-            "data": self._fingerprint("train"),
+            "data": self._fingerprint,
             "data.seed": self.seed,
             "global batch size": self.batch_size * self.trainer.world_size * self.trainer.accumulate_grad_batches,
         }
@@ -143,13 +145,16 @@ class TokenData(L.LightningDataModule):
             self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
             if self.tokenizer.eos_token_id is None:
                 raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
-        rows = datasets.Dataset.from_generator(
-            self._rows,
-            gen_kwargs={"split": split},
-            features=FEATURES,
-            cache_dir=str(self.cache_dir / "rows"),
-            fingerprint=self._fingerprint(split),
-        )
+        try:
+            rows = datasets.Dataset.from_generator(
+                self._rows,
+                gen_kwargs={"split": split},
+                features=FEATURES,
+                cache_dir=str(self.cache_dir / "rows"),
+                fingerprint=f"{self._fingerprint}-{split}",  # given, so that nothing is pickled to be hashed
+            )
+        except datasets.exceptions.DatasetGenerationError as error:  # says no more than that there was one
+            raise error.__cause__ or error from None
         if not len(rows):
             raise ValueError(f"data: the {split} split is empty; it needs more documents")
         return rows.with_format("numpy")
@@ -175,9 +180,11 @@ class TokenData(L.LightningDataModule):
             lambda: (prompt + text for prompt, text in self.texts("train")), self.vocab_size, folder
         )
 
-    def _fingerprint(self, split: Split) -> str:
-        tokenizer = self.tokenizer.backend_tokenizer.to_str()
-        return _digest(self.identity(), split, tokenizer, str(self.row_length))
+    @cached_property
+    def _fingerprint(self) -> str:
+        """Names what the rows are made of; taken once, since files may change and calls may set a tokenizer's padding."""
+        tokenizer = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.eos_token_id)
+        return _digest(self.identity(), *tokenizer, str(self.row_length), str(self.splits_documents))
 
     def _count_tokens(self) -> np.ndarray:
         table = self.rows["train"].data

@@ -22,7 +22,7 @@ def trained_tokenizer(texts: Callable[[], Iterable[str]], vocab_size: int, folde
         bpe.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
         if vocab_size <= len(alphabet):
-            raise ValueError(f"data.vocab_size: {vocab_size} leaves no room for merges; it must be above {len(alphabet)}")
+            raise ValueError(f"data.vocab_size must be above {len(alphabet)} (bytes and end of text), not {vocab_size}")
         trainer = trainers.BpeTrainer(
             vocab_size=vocab_size, special_tokens=[END_OF_TEXT], initial_alphabet=alphabet, show_progress=False
         )

@@ -1,0 +1,38 @@
+# make demo   the main job on embedded real data          make check      linter, formatter, types
+# make test   the tests not marked slow                   make test-all   also the slow ones
+# make dev    only the environment, .venv
+SHELL := /bin/bash
+PYTHON ?= python3
+BIN := .venv/bin
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: dev demo test test-all test-slow check
+dev: .venv/ready
+
+.venv/ready: pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	@# type checkers cannot follow the editable install's mapping; these links, made after it, show them the way
+	@ln -sfn ../recipes dlm_lightning/recipes; ln -sfn ../callbacks dlm_lightning/callbacks; ln -sfn ../configs dlm_lightning/configs
+	@touch $@
+
+# Train the AR source once, convert it, print what happened.
+demo: dev
+	@if ls runs/ar_source/*/model/config.json >/dev/null 2>&1; then echo "the AR source is there: $$(ls -d runs/ar_source/*/model | tail -n 1)"; \
+	else $(BIN)/dlm fit ar_source; fi
+	@set -o pipefail; $(BIN)/dlm fit block_causal | tee runs/demo.log
+	@$(BIN)/dlm summary "$$(sed -n 's/^run: //p' runs/demo.log | tail -n 1)"
+
+test: dev
+	$(BIN)/pytest
+
+test-slow: dev
+	$(BIN)/pytest -m slow
+
+test-all: test test-slow
+
+check: dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy

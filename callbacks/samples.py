@@ -1,0 +1,53 @@
+"""Decodes a few fixed prompts at each validation: the first thing to look at while a model is converted."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import lightning as L
+from lightning.pytorch.loggers import TensorBoardLogger
+from lightning.pytorch.utilities import rank_zero_only
+
+from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.module import Recipe
+
+PROMPTS = ("def __init__(self, ", "import os\nimport ", "    for key, value in ")
+
+
+class Samples(L.Callback):
+    """Writes greedy continuations to `<run>/samples.txt` and TensorBoard; records no metric and holds no state.
+
+    Decoding is plain and block-wise, with the pattern and token shift of the recipe.
+
+    Args:
+        prompts: texts to continue.
+        new_tokens: tokens per continuation.
+        threshold: a masked token is committed when its probability is above this; the surest one always is.
+    """
+
+    def __init__(self, prompts: tuple[str, ...] = PROMPTS, new_tokens: int = 32, threshold: float = 0.9) -> None:
+        if not prompts or not all(prompts):
+            raise ValueError("Samples.prompts: give at least one prompt, and none that is empty")
+        self.prompts, self.new_tokens, self.threshold = tuple(prompts), new_tokens, threshold
+
+    def on_validation_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        lines = [f"step {trainer.global_step}"]
+        for prompt in self.prompts:
+            ids = recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+            decoded = decode(
+                recipe.denoiser, ids, recipe.pattern, self.new_tokens, self.threshold, recipe.tokenizer.eos_token_id
+            )
+            text = recipe.tokenizer.decode(decoded.new_ids)
+            lines.append(f"[{prompt}]{text}\n({decoded.tokens_per_forward:.2f} tokens per forward)")
+        self._write(trainer, "\n".join(lines))
+
+    @rank_zero_only
+    def _write(self, trainer: L.Trainer, text: str) -> None:
+        for logger in trainer.loggers:
+            if isinstance(logger, TensorBoardLogger):
+                logger.experiment.add_text("samples", text.replace("\n", "  \n"), trainer.global_step)
+        if trainer.loggers:
+            with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
+                file.write(text + "\n\n")
+        else:
+            print(text)

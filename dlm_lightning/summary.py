@@ -1,0 +1,109 @@
+"""`dlm summary`: what a run did, as tables: likelihood before and after, drift, a continuation, and where things lie."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from dlm_lightning import checkpoint, runs
+from dlm_lightning.decode.blockwise import Decoded, decode
+from dlm_lightning.drift import METRICS, by_group
+from dlm_lightning.module import Recipe
+from dlm_lightning.training import quiet, reopen
+
+PROMPT = "def __init__(self, name, value):\n    "
+NEW_TOKENS = 32
+MASKED = "▒"
+MEANING = {
+    "nelbo": "NELBO, nats per token (this pattern's bound)",
+    "masked_ce": "masked cross-entropy, unweighted",
+    "ar_nll": "next-token NLL, read causally as the source is",
+}
+
+
+def summarize(folder: str) -> None:
+    """Print a run's tables; raises FileNotFoundError for a folder that is no run or has no checkpoint."""
+    quiet()
+    run, cli = reopen(folder, "--trainer.logger=false")
+    path = checkpoint.newest(run)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no complete checkpoint to summarize")
+    recipe: Recipe = cli.model
+    recipe.configure_model()
+    steps = checkpoint.load_weights(recipe, path)["global_step"]
+    console = Console(highlight=False)
+    console.print(likelihood(run, steps))
+    table = run / "drift" / "drift.parquet"
+    if table.is_file():
+        console.print(drift(table))
+    console.print(filling(recipe))
+    console.print(places(run))
+
+
+def likelihood(run: Path, steps: int) -> Table:
+    """Validation figures at step 0 and at the last validation, from metrics.csv."""
+    with (run / runs.METRICS).open(newline="") as file:
+        rows = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
+    table = Table(
+        "on held-out files", "before", "after", title=f"likelihood, step 0 and step {steps}", title_justify="left"
+    )
+    for name, meaning in MEANING.items():
+        if rows and rows[0].get(f"val/{name}"):
+            table.add_row(meaning, *(f"{float(row[f'val/{name}']):.3f}" for row in (rows[0], rows[-1])))
+    return table
+
+
+def drift(path: Path) -> Table:
+    """Weight drift from the AR source per module group, at the last measured step."""
+    rows = pq.read_table(path).to_pylist()
+    last = max(row["step"] for row in rows)
+    groups = by_group(row for row in rows if row["step"] == last)
+    table = Table("module group", *METRICS, title=f"weight drift from the AR source, step {last}", title_justify="left")
+    for group, values in groups.items():
+        table.add_row(group, *(f"{values[name]:.3g}" if name in values else "" for name in METRICS))
+    return table
+
+
+def filling(recipe: Recipe) -> Text:
+    """A continuation of the prompt while its masked tokens are being filled in, up to eight moments of it."""
+    ids = recipe.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
+    decoded = decode(recipe.denoiser, ids, recipe.pattern, NEW_TOKENS, threshold=0.9, eos_id=None)
+    text = Text(f"a continuation, {MASKED} is a masked token ({decoded.tokens_per_forward:.2f} tokens per forward)\n")
+    for forward in sorted({round(x) for x in torch.linspace(0, len(decoded.canvases) - 1, 8).tolist()}):
+        text.append(f"\n  after forward {forward + 1}\n", style="dim")
+        text.append("".join(f"    {line}\n" for line in _canvas(recipe, decoded, forward).splitlines()))
+    return text
+
+
+def _canvas(recipe: Recipe, decoded: Decoded, forward: int) -> str:
+    text, known = "", []
+    for token in decoded.canvases[forward]:
+        if token == recipe.mask_id:
+            text, known = text + recipe.tokenizer.decode(known) + MASKED, []
+        else:
+            known.append(token)
+    return text + recipe.tokenizer.decode(known)
+
+
+def places(run: Path) -> Table:
+    """What lies where in a run folder."""
+    contents = {
+        runs.CONFIG: "the resolved configuration",
+        runs.METRICS: "everything that was logged, one row per step",
+        "tensorboard": "the same for `tensorboard --logdir`",
+        checkpoint.FOLDER: "what `dlm resume` continues from",
+        "drift": "drift.parquet and a heat map per measured step",
+        "samples.txt": "continuations at each validation",
+        "model": "the finished network as a Hugging Face folder",
+    }
+    table = Table("in " + str(run), "", title="where everything lies", title_justify="left")
+    for name, about in contents.items():
+        if (run / name).exists():
+            table.add_row(name, about)
+    return table
