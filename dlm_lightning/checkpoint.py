@@ -1,4 +1,4 @@
-"""Checkpoints of a run: which is the newest complete one, and its weights without a trainer."""
+"""Checkpoints of a run: when they are written, which is the newest complete one, and its weights without a trainer."""
 
 from __future__ import annotations
 
@@ -6,12 +6,37 @@ import pickle
 from pathlib import Path
 from typing import Any
 
+import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch import LightningModule
+from lightning.pytorch.callbacks import ModelCheckpoint
 
 FOLDER = "checkpoints"
 _SHARDED_META = "meta.pt"  # Lightning writes it last into a sharded checkpoint's folder
+
+
+class Checkpoints(ModelCheckpoint):
+    """Keeps the newest checkpoints of a run in `<run>/checkpoints`, and always that of the last step.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many to keep.
+    """
+
+    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
+        if every_n_steps < 1 or keep < 1:
+            raise ValueError("Checkpoints: every_n_steps and keep must be at least 1")
+        super().__init__(
+            filename="{step}", monitor="step", mode="max", save_top_k=keep, every_n_train_steps=every_n_steps
+        )
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
+        super().setup(trainer, pl_module, stage)
+
+    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        if trainer.global_step > self._last_global_step_saved:
+            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
 def read(path: Path) -> dict[str, Any]:
@@ -35,17 +60,19 @@ def newest(run: Path) -> Path | None:
     found = []
     for path in (run / FOLDER).glob("*.ckpt"):
         try:
-            found.append((read(path)["global_step"], path.stat().st_mtime, path))
+            found.append((read(path)["global_step"], path))
         except (FileNotFoundError, ValueError):
             continue
-    return max(found)[2] if found else None
+    return max(found)[1] if found else None
 
 
-def load_weights(recipe: LightningModule, path: Path) -> dict[str, Any]:
+def load_weights(recipe: L.LightningModule, path: Path) -> dict[str, Any]:
     """Load a checkpoint's weights into a recipe whose model is built; returns what else the checkpoint says."""
     content = read(path)
     if path.is_dir():
         state = {"state_dict": recipe.state_dict()}
         dcp.load(state, checkpoint_id=str(path))
-    recipe.load_state_dict(state["state_dict"] if path.is_dir() else content["state_dict"])
+        recipe.load_state_dict(state["state_dict"])
+    else:
+        recipe.load_state_dict(content["state_dict"])
     return content

@@ -46,8 +46,9 @@ class Denoiser(nn.Module):
         self.shift = shift
         self.first_token = first_token
         self.predicate = predicate
-        self.token_ids = sorted(set(token_ids) - {mask_id})
-        self._banned_V = torch.empty(0, dtype=torch.bool)
+        banned_V = torch.ones(network.config.vocab_size, dtype=torch.bool)
+        banned_V[sorted(set(token_ids) - {mask_id})] = False
+        self.register_buffer("banned_V", banned_V, persistent=False)
 
     def forward(self, view: View, keep_N: Tensor, target_N: Tensor | None = None) -> Tensor:
         """Logits [N, V] of the tokens at the flat indices `keep_N` of [B·S], or with targets their −log p [N].
@@ -71,10 +72,7 @@ class Denoiser(nn.Module):
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         logits_NV = self.network.get_output_embeddings()(hidden_ND).float()
-        if self._banned_V.device != logits_NV.device or len(self._banned_V) != logits_NV.shape[1]:
-            self._banned_V = torch.ones(logits_NV.shape[1], dtype=torch.bool, device=logits_NV.device)
-            self._banned_V[self.token_ids] = False
-        return logits_NV.masked_fill(self._banned_V, -torch.inf)
+        return logits_NV.masked_fill(self.banned_V, -torch.inf)
 
     def _nll(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         return F.cross_entropy(self._logits(hidden_ND), target_N, reduction="none")

@@ -162,7 +162,7 @@ class Recipe(L.LightningModule):
     def on_validation_epoch_end(self) -> None:
         for name, metric in self.metrics.items():
             if metric.update_called:
-                self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo", rank_zero_only=False)
+                self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo")
 
     def draw(self, noise: Noise, batch: Batch, pattern: Pattern) -> Masked:
         """One mask by a noise: groups are the pattern's blocks and the documents of each row."""

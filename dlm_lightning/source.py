@@ -139,7 +139,7 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
         for layer in unique([network.get_input_embeddings(), network.get_output_embeddings()], by="weight"):
             with torch.no_grad():
                 layer.weight[old:] = layer.weight[:old].mean(0)
-    return network
+    return network.train()
 
 
 def unique(modules: list[nn.Module], by: str) -> list[nn.Module]:

@@ -42,7 +42,7 @@ class FSDP2(ModelParallelStrategy):
             fully_shard(layer, mesh=mesh)
         fully_shard(denoiser, mesh=mesh)
         if source is not None:
-            denoiser.to_empty(device=self.root_device)
+            denoiser.network.to_empty(device=self.root_device)
             fill(denoiser.network, source)
 
 

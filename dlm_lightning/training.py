@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.utilities import rank_zero_info
+from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (strategies registers fsdp2)
 from dlm_lightning.loggers import MetricsCSV
@@ -27,6 +27,7 @@ def quiet() -> None:
     warnings.filterwarnings("ignore", module=r"(lightning|torch|transformers|jsonargparse|pydantic)\b.*")
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    disable_progress_bar()
 
 
 def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> LightningCLI:
@@ -84,7 +85,8 @@ def resume(folder: str) -> Path:
     if steps >= cli.trainer.max_steps:
         raise ValueError(f"{folder} is finished: it has made all {steps} of its {cli.trainer.max_steps} steps")
     if start is None:
-        rank_zero_info(f"{folder} has no checkpoint yet; it starts again from step 0")
+        if cli.trainer.is_global_zero:
+            print(f"{folder} has no checkpoint yet; it starts again from step 0", flush=True)
     for logger in cli.trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.keep(steps)
@@ -126,7 +128,7 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
             print(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics), flush=True)
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
     if cli.trainer.interrupted:
-        sys.exit(130)
+        raise KeyboardInterrupt
 
 
 def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:

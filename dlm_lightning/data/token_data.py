@@ -155,14 +155,14 @@ class TokenData(L.LightningDataModule):
             )
         except datasets.exceptions.DatasetGenerationError as error:  # says no more than that there was one
             raise error.__cause__ or error from None
-        if not len(rows):
-            raise ValueError(f"data: the {split} split is empty; it needs more documents")
         return rows.with_format("numpy")
 
     def _rows(self, split: Split) -> Iterator[dict[str, np.ndarray]]:
-        eos = self.tokenizer.eos_token_id
-        for row in pack(self._documents(split), self.row_length, eos, self.splits_documents):
+        row = None
+        for row in pack(self._documents(split), self.row_length, self.tokenizer.eos_token_id, self.splits_documents):
             yield row._asdict()
+        if row is None:
+            raise ValueError(f"data: the {split} split is empty; it needs more documents")
 
     def _documents(self, split: Split) -> Iterator[Document]:
         def tokens(text: str) -> list[int]:
@@ -182,7 +182,7 @@ class TokenData(L.LightningDataModule):
 
     @cached_property
     def _fingerprint(self) -> str:
-        """Names what the rows are made of; taken once, since files may change and calls may set a tokenizer's padding."""
+        """Names what the rows are made of; taken once, as files may change and a call may set a tokenizer's padding."""
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.eos_token_id)
         return _digest(self.identity(), *tokenizer, str(self.row_length), str(self.splits_documents))
 

@@ -1,0 +1,147 @@
+"""Attention backends against a softmax written with loops, and their refusals."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from dlm_lightning import attention
+from dlm_lightning.attention import dense, flash
+from dlm_lightning.loss import score
+from dlm_lightning.view import AUTOREGRESSIVE, Pattern, attention_mask, sees
+
+MASK = 300
+
+
+def naive(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BSS: Tensor, scaling: float) -> Tensor:
+    """[B, S, H, D]: softmax over the keys each query sees, query by query and head by head."""
+    B, H, S, _ = q_BHSD.shape
+    share = H // k_BGSD.shape[1]
+    rows = []
+    for b in range(B):
+        for s in range(S):
+            seen = mask_BSS[b, s].nonzero().squeeze(1)
+            for h in range(H):
+                k_KD, v_KD = k_BGSD[b, h // share, seen], v_BGSD[b, h // share, seen]
+                weights_K = torch.exp(scaling * k_KD @ q_BHSD[b, h, s])
+                rows.append(weights_K / weights_K.sum() @ v_KD)
+    return torch.stack(rows).view(B, S, H, -1)
+
+
+def qkv(view, heads: int, kv_heads: int, dtype=torch.float64) -> list[Tensor]:
+    B, S = view.ids_BS.shape
+    return [torch.randn(B, n, S, 8, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
+
+
+def packed(make_batch):
+    return make_batch([[5, 4], [7], []], length=10, starts={(1, 0): 37})
+
+
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("scaling", [None, 0.7])
+@pytest.mark.parametrize("pattern", [Pattern(3, "clean"), Pattern(None), AUTOREGRESSIVE], ids=str)
+def test_dense_is_softmax_over_what_is_seen(make_batch, heads, kv_heads, scaling, pattern):
+    batch = packed(make_batch)
+    view = pattern.lay_out(batch, [batch.maskable_BL], MASK)
+    inputs = qkv(view, heads, kv_heads)
+    out = attention.attend(nn.Identity(), *inputs, attention_plan=dense.plan(view, sees), scaling=scaling)
+    assert out[1] is None
+    expected = naive(*inputs, attention_mask(view), scaling or 1 / math.sqrt(8))
+    assert torch.allclose(out[0], expected)
+    weight = torch.randn_like(expected)
+    mine, theirs = (torch.autograd.grad((x * weight).sum(), inputs) for x in (out[0], expected))
+    assert all(torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True))
+
+
+@pytest.mark.parametrize("option", ["sliding_window", "softcap", "s_aux"])
+def test_what_no_backend_computes_is_refused_by_name(make_batch, option):
+    batch = packed(make_batch)
+    view = AUTOREGRESSIVE.lay_out(batch, [], MASK)
+    plan = attention.plan(view, sees)
+    with pytest.raises(ValueError, match=f"Identity asks for {option}"):
+        attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, **{option: 4})
+    attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, **{option: None})
+
+
+@pytest.mark.parametrize("view_of", [Pattern(None), AUTOREGRESSIVE, Pattern(3, "clean")], ids=str)
+def test_without_a_device_or_the_package_the_plan_is_dense(make_batch, monkeypatch, view_of):
+    batch = packed(make_batch)
+    view = view_of.lay_out(batch, [batch.maskable_BL], MASK)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    monkeypatch.setattr(flash, "kernel", lambda: pytest.fail)  # installed, yet the view is on the CPU
+    assert flash.plan(view, sees) is None
+    monkeypatch.setattr(flash, "kernel", lambda: None)
+    assert flash.plan(on_device(view), sees) is None
+    assert isinstance(attention.plan(view, sees), dense.Plan)
+
+
+def on_device(view):
+    """The view as if its tokens were on a GPU."""
+    return replace(view, ids_BS=SimpleNamespace(is_cuda=True))
+
+
+def packed_kernel(q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal):
+    """What flash-attn documents of `flash_attn_varlen_func`, by loops over the runs."""
+    assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k) and longest_q == longest_k
+    assert starts_q[0] == 0 and starts_q[-1] == len(q_ThD) and longest_q == starts_q.diff().max()
+    out = []
+    for first, last in zip(starts_q[:-1], starts_q[1:], strict=True):
+        run = [x[first:last].transpose(0, 1)[None] for x in (q_ThD, k_TgD, v_TgD)]
+        size = last - first
+        mask = torch.ones(1, size, size, dtype=torch.bool)
+        out.append(naive(*run, mask.tril() if causal else mask, softmax_scale)[0])
+    return torch.cat(out)
+
+
+@pytest.mark.parametrize("pattern", [Pattern(None), AUTOREGRESSIVE, Pattern(1)], ids=["full", "causal", "one token"])
+def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch, monkeypatch, pattern):
+    batch = packed(make_batch)
+    view = pattern.lay_out(batch, [batch.maskable_BL] * (pattern is not AUTOREGRESSIVE), MASK)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    monkeypatch.setattr(flash, "kernel", lambda: packed_kernel)
+    plan = flash.plan(on_device(view), sees)
+    assert plan is not None
+    inputs = qkv(view, 4, 2)
+    out_BSHD = plan.attend(*inputs, scaling=0.5)
+    assert torch.allclose(out_BSHD, dense.plan(view, sees).attend(*inputs, scaling=0.5))
+
+
+def test_flash_leaves_other_predicates_and_views_to_the_mask(make_batch, monkeypatch):
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    monkeypatch.setattr(flash, "kernel", lambda: packed_kernel)
+    batch = packed(make_batch)
+    full = on_device(Pattern(None).lay_out(batch, [batch.maskable_BL], MASK))
+    assert flash.plan(full, lambda q, k: sees(q, k)) is None
+    assert flash.plan(on_device(Pattern(3).lay_out(batch, [batch.maskable_BL], MASK)), sees) is None
+    assert flash.plan(on_device(Pattern(1, "clean").lay_out(batch, [batch.maskable_BL], MASK)), sees) is None
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
+    assert flash.plan(full, sees) is None  # float32 is not given away for speed
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("pattern", [Pattern(None), AUTOREGRESSIVE], ids=["full", "causal"])
+def test_flash_equals_dense_loss_and_gradients(make_batch, make_denoiser, monkeypatch, pattern):
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if flash.kernel() is None:
+        pytest.skip("flash-attn is not installed")
+    denoiser = make_denoiser(shift="next_token").cuda()
+    batch = type(packed(make_batch))(*(x.cuda() for x in packed(make_batch)))
+    copies = [] if pattern is AUTOREGRESSIVE else [(batch.maskable_BL, batch.maskable_BL.float())]
+    view = pattern.lay_out(batch, [mask for mask, _ in copies], MASK)
+    scored = score(batch, view, copies, ar_weight=float(not copies))
+
+    def run():
+        with torch.autocast("cuda", torch.bfloat16):
+            assert isinstance(attention.plan(view, sees), flash.Plan if flash.kernel() else dense.Plan)
+            loss = (denoiser(view, scored.index_N, scored.target_N) * scored.weight_N).sum()
+        return loss, torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(denoiser.parameters()))])
+
+    fast, reference = run(), (monkeypatch.setattr(flash, "kernel", lambda: None), run())[1]
+    assert fast[0].item() == pytest.approx(reference[0].item(), rel=1e-2)
+    assert (fast[1] - reference[1]).norm() <= 3e-2 * reference[1].norm()

@@ -1,0 +1,223 @@
+"""What tests share: a tiny tokenizer, tiny sources of three families, batches by document lengths, and a plain reference.
+
+All fixtures are functions or folders of session scope, so that hypothesis can use them.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from types import SimpleNamespace
+
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from dlm_lightning import attention
+from dlm_lightning.data.tokenizer import trained_tokenizer
+from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.loss import score, weighted_sum
+from dlm_lightning.module import Recipe
+from dlm_lightning.source import Source, build
+from dlm_lightning.view import Batch
+
+settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
+settings.load_profile("tests")
+
+TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box and judge my vow of quartz\n"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread() -> None:
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(scope="session")
+def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a byte-level BPE of 300 tokens."""
+    folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
+    assert len(trained_tokenizer(lambda: [TEXT], 300, folder)) == 300
+    return folder
+
+
+@pytest.fixture(scope="session")
+def source_folder(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """`source_folder(family, tied=False, rows=300)`: a folder with tokenizer, config and random weights.
+
+    Weights, norms and biases are wide enough for attention and predictions to be far from flat.
+    """
+
+    @cache
+    def make(family: str = "qwen3", tied: bool = False, rows: int = 300) -> Path:
+        tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+        config = AutoConfig.for_model(
+            family,
+            vocab_size=rows,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=2,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+            max_position_embeddings=256,
+            initializer_range=0.2,
+            tie_word_embeddings=tied,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.eos_token_id,
+        )
+        with torch.random.fork_rng():
+            torch.manual_seed(1)
+            network = AutoModelForCausalLM.from_config(config)
+            with torch.no_grad():
+                for parameter in network.parameters():
+                    if parameter.ndim == 1:
+                        parameter.add_(0.1 * torch.randn_like(parameter))
+        folder = tmp_path_factory.mktemp("source") / f"{family}-{'tied' if tied else 'untied'}-{rows}"
+        network.save_pretrained(folder)
+        tokenizer.save_pretrained(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_denoiser(source_folder: Callable[..., Path]) -> Callable[..., Denoiser]:
+    """`make_denoiser(family, tied, **options)`: a Denoiser on a source whose 300 rows are tokens, plus a mask row."""
+
+    @cache
+    def network(family: str, tied: bool) -> PreTrainedModel:
+        source = Source(str(source_folder(family, tied)))
+        config = source.config
+        config.vocab_size = 301
+        return build(config, source, attention.NAME)
+
+    def make(family: str = "qwen3", tied: bool = False, **options) -> Denoiser:
+        return Denoiser(copy.deepcopy(network(family, tied)), mask_id=300, token_ids=range(300), **options)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_batch() -> Callable[..., Batch]:
+    """`make_batch([[5, 9], [12]], length=16)`: rows of documents by their lengths, padded at the end.
+
+    `prompts` and `starts` are by (row, document): tokens of the prompt, and the position at which the document goes on
+    from an earlier row. An empty row is all padding. Tokens and uniforms are random, by `seed`.
+    """
+
+    def make(
+        rows: list[list[int]],
+        length: int | None = None,
+        prompts: dict[tuple[int, int], int] | None = None,
+        starts: dict[tuple[int, int], int] | None = None,
+        vocab: int = 300,
+        seed: int = 0,
+    ) -> Batch:
+        length = length or max(sum(row) for row in rows)
+        generator = torch.Generator().manual_seed(seed)
+        ids_BL = torch.randint(vocab, (len(rows), length), generator=generator)
+        position_BL = torch.zeros(len(rows), length, dtype=torch.long)
+        document_BL = (-1 - torch.arange(length)).repeat(len(rows), 1)
+        maskable_BL = torch.zeros(len(rows), length, dtype=torch.bool)
+        for b, row in enumerate(rows):
+            first = 0
+            for d, size in enumerate(row):
+                here = slice(first, first + size)
+                position_BL[b, here] = torch.arange(size) + (starts or {}).get((b, d), 0)
+                document_BL[b, here] = d
+                maskable_BL[b, here] = position_BL[b, here] >= (prompts or {}).get((b, d), 0)
+                maskable_BL[b, first] = False
+                first += size
+        u_BL = torch.rand(len(rows), length, generator=generator)
+        t_BL = 1 - torch.rand(len(rows), length, generator=generator)
+        place_B = torch.tensor([n if row else -1 for n, row in enumerate(rows)])
+        return Batch(ids_BL, position_BL, document_BL, maskable_BL, u_BL, t_BL, place_B)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def plain_logits() -> Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]:
+    """`plain_logits(denoiser, ids_S, position_S, mask_SS)`: [S, V] by transformers' own eager attention and causal LM.
+
+    The same weights under an explicit mask, without a view, a backend or a ban on tokens.
+    """
+
+    def logits(denoiser: Denoiser, ids_S: Tensor, position_S: Tensor, mask_SS: Tensor) -> Tensor:
+        network = AutoModelForCausalLM.from_config(copy.deepcopy(denoiser.network.config), attn_implementation="eager")
+        network.load_state_dict(denoiser.network.state_dict())
+        bias_11SS = torch.where(mask_SS, 0.0, torch.finfo(torch.float32).min)[None, None]
+        with torch.no_grad():
+            return network(input_ids=ids_S[None], position_ids=position_S[None], attention_mask=bias_11SS).logits[0]
+
+    return logits
+
+
+@pytest.fixture(scope="session")
+def loss_and_gradients() -> Callable[..., tuple[float, dict[str, Tensor]]]:
+    """`loss_and_gradients(denoiser, batch, copies, pattern, ar_weight)`: the loss of a training step and its gradients."""
+
+    def compute(denoiser, batch, copies, pattern, ar_weight=0.0):
+        masks = [mask_BL for mask_BL, _ in copies]
+        view = pattern.lay_out(batch, masks, denoiser.mask_id, with_ar_copy=ar_weight > 0)
+        scored = score(batch, view, copies, ar_weight)
+        denoiser.zero_grad()
+        loss = weighted_sum(denoiser(view, scored.index_N, scored.target_N), scored.weight_N)
+        loss.backward()
+        return loss.item(), {name: p.grad.clone() for name, p in denoiser.named_parameters()}
+
+    return compute
+
+
+@pytest.fixture(scope="session")
+def assert_same() -> Callable[..., None]:
+    """`assert_same(a, b)`: two results of `loss_and_gradients` agree, tensor by tensor, to a relative error of 1e-5."""
+
+    def check(a: tuple[float, dict[str, Tensor]], b: tuple[float, dict[str, Tensor]], error: float = 1e-5) -> None:
+        assert a[0] == pytest.approx(b[0], rel=error)
+        assert a[1].keys() == b[1].keys()
+        for name, gradient in b[1].items():
+            assert gradient.norm() > 0, name
+            assert (a[1][name] - gradient).norm() <= error * gradient.norm(), name
+
+    return check
+
+
+@pytest.fixture(scope="session")
+def make_recipe(source_folder: Callable[..., Path]) -> Callable[..., Recipe]:
+    """`make_recipe(RecipeClass, step=0, **options)`: a recipe with its network, at an optimizer step of a stand-in trainer."""
+
+    def make(recipe_class: type[Recipe], step: int = 0, **options) -> Recipe:
+        recipe = recipe_class(source=str(source_folder()), **options)
+        recipe.configure_model()
+        data = SimpleNamespace(row_length=16)
+        recipe._trainer = SimpleNamespace(global_step=step, accumulate_grad_batches=1, world_size=1, datamodule=data)
+        return recipe
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def validated() -> Callable[[Recipe, Batch], dict[str, float]]:
+    """`validated(recipe, batch)`: the metrics of a validation on one batch."""
+
+    def run(recipe: Recipe, batch: Batch) -> dict[str, float]:
+        recipe.on_validation_epoch_start()
+        with torch.no_grad():
+            recipe.validation_step(batch, 0)
+        return {name: metric.compute().item() for name, metric in recipe.metrics.items() if metric.update_called}
+
+    return run

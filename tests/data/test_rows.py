@@ -1,0 +1,114 @@
+"""Packing against a token-by-token reference, and the guarantees that training rests on."""
+
+from itertools import groupby
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from dlm_lightning.data.rows import Document, Row, blank, pack
+
+PAD = 99
+
+
+@st.composite
+def document(draw):
+    ids = draw(st.lists(st.integers(0, 98), max_size=12))
+    return Document(ids, draw(st.integers(0, len(ids))))
+
+
+documents = st.lists(document(), max_size=8)
+lengths = st.integers(1, 8)
+
+
+def reference(documents, length, split):
+    """Rows as lists of (id, position, document, maskable) of their real tokens, built token by token."""
+    rows = [[]]
+    for number, (ids, prompt) in enumerate(documents):
+        if not split and len(rows[-1]) + min(len(ids), length) > length:
+            rows.append([])
+        for position, token in enumerate(ids if split else ids[:length]):
+            if len(rows[-1]) == length:
+                rows.append([])
+            rows[-1].append((token, position, number, position >= prompt))
+    numbered = []
+    for row in filter(None, rows):
+        here = list(dict.fromkeys(number for _, _, number, _ in row))
+        first = {number: next(i for i, token in enumerate(row) if token[2] == number) for number in here}
+        numbered.append([(t, p, here.index(n), m and i != first[n]) for i, (t, p, n, m) in enumerate(row)])
+    return numbered
+
+
+def real(row: Row):
+    """The tokens of a row that are no padding, as (id, position, document, maskable)."""
+    columns = zip(*(column.tolist() for column in row), strict=True)
+    return [token for token in columns if token[2] >= 0]
+
+
+@given(documents, lengths, st.booleans())
+def test_equals_the_reference(documents, length, split):
+    assert [real(row) for row in pack(documents, length, PAD, split)] == reference(documents, length, split)
+
+
+@given(documents, lengths)
+def test_split_holds_every_token_once_in_order_and_pads_only_the_last_row(documents, length):
+    rows = list(pack(documents, length, PAD, split=True))
+    tokens = [token for row in rows for token, *_ in real(row)]
+    assert tokens == [token for document in documents for token in document.ids]
+    assert all(len(real(row)) == length for row in rows[:-1])
+
+
+@given(documents, lengths)
+def test_unsplit_never_splits_and_cuts_only_what_is_longer_than_a_row(documents, length):
+    rows = list(pack(documents, length, PAD, split=False))
+    pieces = [
+        [token for token, *_ in piece] for row in rows for _, piece in groupby(real(row), key=lambda token: token[2])
+    ]
+    assert pieces == [document.ids[:length] for document in documents if document.ids]
+
+
+@given(documents, lengths, st.booleans())
+def test_padding_is_at_the_end_unmaskable_and_of_documents_of_its_own(documents, length, split):
+    for row in pack(documents, length, PAD, split):
+        padding = row.document < 0
+        assert np.all(np.diff(padding.astype(int)) >= 0)
+        assert len(set(row.document[padding])) == padding.sum()
+        assert np.all(row.ids[padding] == PAD)
+        assert not row.maskable[padding].any()
+
+
+@given(documents, lengths, st.booleans())
+def test_rows_keep_their_shape_and_types(documents, length, split):
+    for row in pack(documents, length, PAD, split):
+        assert [column.shape for column in row] == [(length,)] * 4
+        assert [column.dtype for column in row] == [np.int32, np.int32, np.int32, bool]
+
+
+def test_a_document_over_three_rows_counts_on_and_its_prompt_stays_unmaskable():
+    first, second, third = pack([Document([7], 0), Document(list(range(8)), prompt=5)], 4, PAD, split=True)
+    assert first.position.tolist() == [0, 0, 1, 2] and first.document.tolist() == [0, 1, 1, 1]
+    assert second.position.tolist() == [3, 4, 5, 6] and second.document.tolist() == [0] * 4
+    assert third.position.tolist() == [7, 0, 0, 0] and third.document[0] == 0
+    assert [row.maskable.tolist() for row in (first, second, third)] == [
+        [False] * 4,
+        [False, False, True, True],
+        [False] * 4,  # nothing in its row predicts the only token
+    ]
+
+
+def test_rows_do_not_share_memory():
+    first, second = pack([Document([1, 2, 3, 4])], 2, PAD, split=True)
+    assert first.ids.tolist() == [1, 2] and second.ids.tolist() == [3, 4]
+
+
+@pytest.mark.parametrize("split", [True, False])
+@pytest.mark.parametrize("documents", [[], [Document([])]])
+def test_no_tokens_make_no_rows(documents, split):
+    assert list(pack(documents, 4, PAD, split)) == []
+
+
+def test_a_blank_row_is_all_padding():
+    row = blank(3, PAD)
+    assert real(row) == [] and row.ids.tolist() == [PAD] * 3 and len(set(row.document)) == 3
+    assert not row.maskable.any()

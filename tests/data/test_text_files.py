@@ -1,0 +1,168 @@
+"""Which files are documents, and in which split."""
+
+import os
+
+import pytest
+
+from dlm_lightning.data.text_files import TextFiles
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twenty text files over two folders, and one that is not text."""
+    for n in range(20):
+        file = tmp_path / "texts" / "ab"[n % 2] / f"{n}.txt"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(f"text {n}")
+    (tmp_path / "texts" / "picture.png").write_bytes(b"\x89PNG")
+    return tmp_path / "texts"
+
+
+def names(data):
+    return [name for name, _ in data.files]
+
+
+def texts(data, *splits):
+    return [text for split in splits for _, text in data.texts(split)]
+
+
+def test_the_default_is_the_standard_library_without_its_tests():
+    data = TextFiles()
+    assert {"os.py", "json/decoder.py", "asyncio/tasks.py", "unittest/case.py"} <= set(names(data))
+    folders = {folder for name in names(data) for folder in name.split("/")[:-1]}
+    assert not folders & {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    assert all(name.endswith(".py") for name in names(data))
+    assert len(texts(data, "val")) > 10
+
+
+def test_every_file_is_in_one_split(folder):
+    data = TextFiles([str(folder)], val_share=0.25)
+    assert len(texts(data, "val")) == 5
+    assert sorted(texts(data, "train", "val")) == sorted(f"text {n}" for n in range(20))
+
+
+def test_names_are_paths_below_the_folder_of_all_files(folder):
+    assert names(TextFiles([str(folder)])) == sorted(f"{'ab'[n % 2]}/{n}.txt" for n in range(20))
+    assert names(TextFiles([str(folder / "a" / "0.txt"), str(folder / "b")]))[0] == "a/0.txt"
+
+
+def test_the_split_depends_on_names_alone(folder, tmp_path):
+    before = TextFiles([str(folder)])
+    read = texts(before, "train"), texts(before, "val")
+    moved = folder.rename(tmp_path / "elsewhere")
+    after = TextFiles([str(moved)], seed=7)
+    assert (texts(after, "train"), texts(after, "val")) == read
+    assert after.identity() == TextFiles([str(moved)]).identity()
+
+
+def test_the_split_takes_from_all_over_the_names(folder):
+    kept = {int(text.split()[1]) for text in texts(TextFiles([str(folder)], val_share=0.5), "val")}
+    assert kept not in ({*range(10)}, {*range(10, 20)}, {*range(0, 20, 2)}, {*range(1, 20, 2)})
+
+
+@pytest.mark.parametrize(
+    ("patterns", "count"),
+    [(["*/1*.txt"], 11), (["**/*.txt"], 20), (["a", "b/1*.txt"], 16), (["a/0.txt", "b/1.txt"], 2), (["?"], 20)],
+)
+def test_files_folders_and_globs(folder, patterns, count):
+    assert len(names(TextFiles([str(folder / pattern) for pattern in patterns]))) == count
+
+
+def test_a_file_that_is_named_twice_is_one_document(folder, monkeypatch):
+    """Otherwise it could be trained on and validated on."""
+    monkeypatch.chdir(folder)
+    twice = [str(folder), "a/*.txt", "b/../a/0.txt", str(folder / "a")]
+    assert TextFiles(twice).files == TextFiles([str(folder)]).files
+
+
+def test_files_of_one_name_in_two_folders_are_two_documents(folder):
+    for part in "ab":
+        (folder / part / "same.txt").write_text(part)
+    data = TextFiles([str(folder / part / "same.txt") for part in "ab"])
+    assert sorted(texts(data, "train", "val")) == ["a", "b"]
+
+
+def test_relative_paths_and_home(folder, monkeypatch):
+    monkeypatch.chdir(folder.parent)
+    monkeypatch.setenv("HOME", str(folder.parent))
+    expected = TextFiles([str(folder)]).files
+    assert TextFiles(["texts"]).files == TextFiles(["~/texts"]).files == expected
+
+
+def test_brackets_in_the_name_of_a_file_are_no_glob(folder):
+    (folder / "a" / "[1].txt").write_text("brackets")
+    data = TextFiles([str(folder / "a" / "[1].txt"), str(folder / "b")])
+    assert "brackets" in texts(data, "train", "val")
+
+
+def test_suffixes_choose_the_files_of_a_folder_and_not_what_is_named(folder):
+    assert "picture.png" not in names(TextFiles([str(folder)]))
+    assert "picture.png" in names(TextFiles([str(folder / "*.png"), str(folder)]))
+    assert names(TextFiles([str(folder), str(folder / "a" / "0.txt")], suffixes=(".png",))) == [
+        "a/0.txt",
+        "picture.png",
+    ]
+
+
+def test_undecodable_bytes_are_replaced(folder):
+    (folder / "a" / "0.txt").write_bytes(b"caf\xe9 \xff")
+    assert "caf\ufffd \ufffd" in texts(TextFiles([str(folder)]), "train", "val")
+
+
+def test_an_empty_file_is_no_document(folder):
+    (folder / "a" / "0.txt").write_text("")
+    assert len(texts(TextFiles([str(folder)]), "train", "val")) == 19
+
+
+@pytest.mark.parametrize("share", [0.001, 0.999])
+def test_each_split_keeps_a_file(folder, share):
+    data = TextFiles([str(folder / "a" / "0.txt"), str(folder / "b" / "1.txt")], val_share=share)
+    assert len(texts(data, "train")) == len(texts(data, "val")) == 1
+
+
+@pytest.mark.parametrize("missing", ["nowhere", "nowhere/*.txt", "a/*.md"])
+def test_a_path_that_matches_nothing_is_named(folder, missing):
+    with pytest.raises(FileNotFoundError, match="data.paths: nothing matches .*" + missing.replace("*", r"\*")):
+        _ = TextFiles([str(folder), str(folder / missing)]).files
+
+
+@pytest.mark.parametrize(("paths", "found"), [(["empty"], 0), (["a/0.txt"], 1), (["a/0.txt", "empty"], 1), ([], 0)])
+def test_fewer_than_two_files_are_refused(folder, paths, found):
+    (folder / "empty").mkdir()
+    with pytest.raises(
+        ValueError, match=rf"data.paths: .* must hold at least two .py .md .txt files, .*, not {found}$"
+    ):
+        _ = TextFiles([str(folder / path) for path in paths]).files
+
+
+@pytest.mark.parametrize("share", [0, 1, -0.1])
+def test_a_share_outside_0_and_1_is_refused(share):
+    with pytest.raises(ValueError, match=r"data.val_share must lie between 0 and 1"):
+        TextFiles(val_share=share)
+
+
+def test_identity_follows_the_files(folder):
+    def identity(**options):
+        return TextFiles([str(folder)], **options).identity()
+
+    file = folder / "a" / "0.txt"
+    seen = [identity(), identity(val_share=0.2)]
+    os.utime(file, ns=(0, 1))
+    seen.append(identity())
+    file.write_text("longer than it was")
+    os.utime(file, ns=(0, 1))
+    seen.append(identity())
+    file.rename(folder / "a" / "renamed.txt")
+    seen.append(identity())
+    assert len(set(seen)) == 5 and identity() == seen[-1]
+
+
+def test_a_changed_file_is_read_again(folder, ready, tmp_path):
+    def decoded():
+        data = TextFiles([str(folder)], vocab_size=300, row_length=16, cache_dir=str(tmp_path / "cache"))
+        ready(data, tokenizer=None)
+        return "".join(data.tokenizer.decode(row["ids"]) for split in data.rows.values() for row in split)
+
+    assert "text 4" in decoded()
+    (folder / "a" / "4.txt").write_text("word 4")
+    assert "text 4" not in decoded() and "word 4" in decoded()
