@@ -15,6 +15,7 @@ from typing import Any
 from warnings import warn
 
 ENTRY_POINTS = "dlm_lightning.recipes"
+PLUGINS = {"data modules": ("dlm_lightning.data", "TokenData"), "callbacks": ("dlm_lightning.callbacks", "Callback")}
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from dlm_lightning import __version__, catalog
+from dlm_lightning.errors import sentence
 
 FIT_HELP = """
   dlm fit block_causal                                    a shipped recipe by name …
@@ -69,8 +70,7 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     from dlm_lightning import training
 
-    print(f"run: {getattr(training, args.command)(args.run)}")
-    return 0
+    return _report(getattr(training, args.command)(args.run))
 
 
 def _fit(argv: list[str]) -> int:
@@ -95,7 +95,13 @@ def _fit(argv: list[str]) -> int:
     words.remove(recipe)
     from dlm_lightning import training
 
-    print(f"run: {training.fit(recipe, words, args.run, args.ckpt_path)}")
+    return _report(training.fit(recipe, words, args.run, args.ckpt_path))
+
+
+def _report(run: Path) -> int:
+    """The run's path as the last line of stdout, once however many processes there are."""
+    if not any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+        print(f"run: {run}")
     return 0
 
 
@@ -105,7 +111,7 @@ def _list() -> int:
         "callbacks": ("dlm_lightning.callbacks", "Callback"),
     }
     tables = {"recipes": [(recipe.name, _title(recipe.path), recipe.origin) for recipe in catalog.recipes()]}
-    for title, (package, base) in plugins.items():
+    for title, (package, base) in catalog.PLUGINS.items():
         found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]
         tables[title] = [(name, about, module) for module, name, about in found]
     for title, rows in tables.items():
@@ -118,8 +124,3 @@ def _list() -> int:
 def _title(path: Path) -> str:
     first = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("#").strip() if first.startswith("#") else "no description"
-
-
-def sentence(error: Exception) -> str:
-    """An error as one sentence: of a parser's nested report, the innermost reason, its key and the nearest name."""
-    return " ".join(str(error).split()) or type(error).__name__

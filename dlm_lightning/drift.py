@@ -93,20 +93,20 @@ def pool(drifts: Iterable[Drift]) -> dict[str, float]:
     drifts = list(drifts)
 
     def total(field: str) -> float:
-        return math.fsum(getattr(drift, field) for drift in drifts)
+        return sum(getattr(drift, field) for drift in drifts)
 
     numel, square, source_square = total("numel"), total("square"), total("source_square")
     ranks = [drift.stable_rank for drift in drifts if drift.stable_rank is not None]
     # from ΔW and W0 rather than W and W0, for which 1 − cosine would drown in rounding
     product = source_square + total("product")
-    norms = math.sqrt(source_square * max(0.0, product + total("product") + square))
+    norms = math.sqrt(source_square * max(product + total("product") + square, 0.0))
     pooled = {
         "mean_abs": total("absolute") / numel,
         "rel_fro": math.sqrt(_ratio(square, source_square)),
         "cosine": product / norms if norms else float(square == 0),
-        "w1": math.fsum(drift.w1 * drift.numel for drift in drifts) / numel,
+        "w1": sum(drift.w1 * drift.numel for drift in drifts) / numel,
     }
-    return pooled | ({"stable_rank": math.fsum(ranks) / len(ranks)} if ranks else {})
+    return pooled | ({"stable_rank": sum(ranks) / len(ranks)} if ranks else {})
 
 
 def by_group(drifts: Iterable[Drift]) -> dict[str, dict[str, float]]:
@@ -143,18 +143,22 @@ def _drift(name: str, parameter: Tensor, source: Source) -> Drift:
         source_RC = source_RC.view_as(now_RC[part])
         torch.sub(now_RC[part], source_RC, out=delta_RC[part])
         delta, before = delta_RC[part].flatten(), source_RC.flatten()
-        sums += torch.stack([delta.norm(1), delta @ delta, before @ before, delta @ before, delta.new_tensor(len(delta))])
+        sums += torch.stack(
+            [delta.norm(1), delta @ delta, before @ before, delta @ before, delta.new_tensor(len(delta))]
+        )
         for least, most in (torch.aminmax(now_RC[part]), torch.aminmax(before)):
             bounds = torch.maximum(bounds, torch.stack([-least, most]))
     absolute, square, source_square, product, numel = all_reduce(sums, dist.ReduceOp.SUM).tolist()
     low, high = all_reduce(bounds, dist.ReduceOp.MAX).tolist()
 
-    w1 = _w1(now_RC, delta_RC, slices, -low, high, all_reduce) / numel if square else 0.0
-    rank = None
-    if parameter.ndim == 2:
-        rank = 1 / _top(delta_RC.div_(math.sqrt(square)), all_reduce) if square else 0.0
+    w1 = rank = square  # right where it is 0, and where training has diverged
+    if square and math.isfinite(square):
+        w1 = _w1(now_RC, delta_RC, slices, -low, high, all_reduce) / numel
+        if parameter.ndim == 2:
+            rank = 1 / _top(delta_RC.div_(math.sqrt(square)), all_reduce)
     layer, group = place(name)
-    return Drift(name, layer, group, int(numel), absolute, square, source_square, product, w1, rank)
+    stable_rank = rank if parameter.ndim == 2 else None
+    return Drift(name, layer, group, int(numel), absolute, square, source_square, product, w1, stable_rank)
 
 
 def _shard(parameter: Tensor) -> tuple[Tensor, int, AllReduce]:
@@ -173,9 +177,7 @@ def _shard(parameter: Tensor) -> tuple[Tensor, int, AllReduce]:
     return parameter.to_local(), offset[0], all_reduce
 
 
-def _w1(
-    now_RC: Tensor, delta_RC: Tensor, slices: list[slice], low: float, high: float, all_reduce: AllReduce
-) -> float:
+def _w1(now_RC: Tensor, delta_RC: Tensor, slices: list[slice], low: float, high: float, all_reduce: AllReduce) -> float:
     """∫|F − F0| of the counts below each value, with the integrand taken at the edges of equal bins."""
     if high <= low:
         return 0.0
@@ -185,7 +187,7 @@ def _w1(
         now_N = now_RC[part].float().flatten()
         # W − ΔW gives W0 back up to its last bit, and saves a second reading
         after, before = (
-            ((values_N - low) * scale).int().clamp_(0, BINS - 1).bincount(minlength=BINS)
+            (values_N - low).mul_(scale).int().clamp_(0, BINS - 1).bincount(minlength=BINS)
             for values_N in (now_N, now_N - delta_RC[part].flatten())
         )
         count += after - before

@@ -76,6 +76,8 @@ class Recipe(L.LightningModule):
                 f"noise.masking: {noise.masking} does not go with {type(self).__name__}, "
                 f"which takes {' or '.join(self.maskings)}"
             )
+        if ar_weight < 0:
+            raise ValueError(f"model.ar_weight must be at least 0, not {ar_weight}")
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
         self.pattern = pattern

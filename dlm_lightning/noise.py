@@ -24,7 +24,8 @@ def raw(seed: int, stream: int, *counter: int, count: int) -> np.ndarray:
     numpy guarantees.
     """
     words = [0, *(c % 2**64 for c in counter)] + [0] * (3 - len(counter))
-    return np.random.Philox(key=[seed % 2**64, stream], counter=words).random_raw(count)
+    key = np.array([seed % 2**64, stream], np.uint64)  # a mixed list would pass through float64
+    return np.random.Philox(key=key, counter=np.array(words, np.uint64)).random_raw(count)
 
 
 def uniforms(seed: int, stream: int, place: int, epoch: int, view: int, length: int) -> tuple[Tensor, Tensor]:
@@ -107,15 +108,14 @@ class Noise:
             size_BL = torch.zeros_like(group_BL).scatter_add(1, group_BL, maskable_BL.long()).gather(1, group_BL)
             exact_BL = t_BL * size_BL
             k_BL = (exact_BL.ceil() if self.masking == "exact" else exact_BL.round()).long()
-            log_weight_BL = self._tilt(t_BL, size_BL, maskable_BL, group_BL) if self.masking == "tilted" else 0.0
+            log_weight_BL = self._tilt(t_BL, size_BL, maskable_BL) if self.masking == "tilted" else 0.0
             gumbel_BL = -torch.log(-torch.log(u_BL.double().clamp(min=2**-25)))
             mask_BL = maskable_BL & (rank_in_group(log_weight_BL + gumbel_BL, maskable_BL, group_BL) < k_BL)
             weight_BL = 1 / t_BL if self.weight == "inverse_t" else size_BL / k_BL.clamp(min=1)
         return Masked(mask_BL, torch.where(mask_BL, weight_BL, 0.0).float())
 
-    def _tilt(self, t_BL: Tensor, size_BL: Tensor, maskable_BL: Tensor, group_BL: Tensor) -> Tensor:
-        before_BL = maskable_BL.long().cumsum(1) - maskable_BL.long()
-        index_BL = before_BL - before_BL.gather(1, group_BL)
+    def _tilt(self, t_BL: Tensor, size_BL: Tensor, maskable_BL: Tensor) -> Tensor:
+        index_BL = maskable_BL.long().cumsum(1)  # up to a constant of the group, which does not change the order
         beta_BL = math.log(2) / (self.half_life * size_BL.clamp(min=1))
         return beta_BL * (1 - t_BL) * index_BL
 

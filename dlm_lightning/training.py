@@ -16,6 +16,7 @@ from lightning.pytorch.cli import LightningCLI
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (strategies registers fsdp2)
+from dlm_lightning.errors import check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
 
@@ -36,7 +37,7 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
     `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
     """
     options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
-    return LightningCLI(
+    cli = LightningCLI(
         Recipe,
         LightningDataModule,
         subclass_mode_model=True,
@@ -47,6 +48,8 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         save_config_callback=None,
         parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False},
     )
+    check_overrides(options, cli.config)
+    return cli
 
 
 def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: str | None) -> Path:

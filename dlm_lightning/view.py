@@ -110,18 +110,23 @@ def predictors(view: View, mask_id: int, shift: str, first_token: str = "clean")
     decoding has; `first_token: noisy` takes the predecessor in its own copy instead (the public Fast-dLLM v2 code).
     """
     own_BS = torch.arange(view.ids_BS.shape[1], device=view.ids_BS.device).expand_as(view.ids_BS)
-    starts_BS = view.position_BS == view.rank_BS
-    copy_BS = torch.where(starts_BS, 0, view.copy_BS) if first_token == "clean" else view.copy_BS
-
     def key(copy_BS: Tensor, position_BS: Tensor) -> Tensor:
         copies = 1 + view.copy_BS.max()
         return ((view.document_BS * copies + copy_BS) << 40) + position_BS
 
     sorted_BS, index_BS = key(view.copy_BS, view.position_BS).sort(dim=1)
-    wanted_BS = key(copy_BS, view.position_BS - 1)
-    place_BS = torch.searchsorted(sorted_BS, wanted_BS).clamp(max=sorted_BS.shape[1] - 1)
-    found_BS = (sorted_BS.gather(1, place_BS) == wanted_BS) & (view.position_BS > 0)
-    previous_BS = torch.where(found_BS, index_BS.gather(1, place_BS), -1)
+
+    def before(copy_BS: Tensor) -> Tensor:
+        wanted_BS = key(copy_BS, view.position_BS - 1)
+        place_BS = torch.searchsorted(sorted_BS, wanted_BS).clamp(max=sorted_BS.shape[1] - 1)
+        found_BS = (sorted_BS.gather(1, place_BS) == wanted_BS) & (view.position_BS > 0)
+        return torch.where(found_BS, index_BS.gather(1, place_BS), -1)
+
+    previous_BS = before(view.copy_BS)
+    from_context_BS = view.position_BS == view.rank_BS
+    if first_token == "noisy":  # while decoding, the block before is there as context only
+        from_context_BS &= previous_BS < 0
+    previous_BS = torch.where(from_context_BS, before(torch.zeros_like(view.copy_BS)), previous_BS)
     return torch.where((view.ids_BS == mask_id) & (shift == "none"), own_BS, previous_BS)
 
 

@@ -1,4 +1,4 @@
-"""What tests share: a tiny tokenizer, tiny sources of three families, batches by document lengths, and a plain reference.
+"""What tests share: a tiny tokenizer, tiny sources of three families, batches by document lengths, a plain reference.
 
 All fixtures are functions or folders of session scope, so that hypothesis can use them.
 """
@@ -168,7 +168,7 @@ def plain_logits() -> Callable[[Denoiser, Tensor, Tensor, Tensor], Tensor]:
 
 @pytest.fixture(scope="session")
 def loss_and_gradients() -> Callable[..., tuple[float, dict[str, Tensor]]]:
-    """`loss_and_gradients(denoiser, batch, copies, pattern, ar_weight)`: the loss of a training step and its gradients."""
+    """`loss_and_gradients(denoiser, batch, copies, pattern, ar_weight)`: a training step's loss and its gradients."""
 
     def compute(denoiser, batch, copies, pattern, ar_weight=0.0):
         masks = [mask_BL for mask_BL, _ in copies]
@@ -198,7 +198,7 @@ def assert_same() -> Callable[..., None]:
 
 @pytest.fixture(scope="session")
 def make_recipe(source_folder: Callable[..., Path]) -> Callable[..., Recipe]:
-    """`make_recipe(RecipeClass, step=0, **options)`: a recipe with its network, at an optimizer step of a stand-in trainer."""
+    """`make_recipe(RecipeClass, step=0, **options)`: a recipe with its network, at a step of a stand-in trainer."""
 
     def make(recipe_class: type[Recipe], step: int = 0, **options) -> Recipe:
         recipe = recipe_class(source=str(source_folder()), **options)

@@ -26,7 +26,9 @@ def shown(make_batch, denoiser, copies: int = 1):
 @by_family
 @by_tied
 @by_shift
-def test_logits_are_the_networks_own_at_the_predicting_positions(make_batch, make_denoiser, plain_logits, family, tied, shift):
+def test_logits_are_the_networks_own_at_the_predicting_positions(
+    make_batch, make_denoiser, plain_logits, family, tied, shift
+):
     denoiser = make_denoiser(family, tied, shift=shift)
     _, view, keep_N = shown(make_batch, denoiser, copies=2)
     with torch.no_grad():
@@ -92,7 +94,9 @@ def test_logits_of_a_chunk_are_the_most_that_ever_exist(make_batch, make_denoise
     batch, view, keep_N = shown(make_batch, denoiser)
     target_N = batch.ids_BL.repeat(1, 2).flatten()[keep_N]
     rows, saved = [], []
-    denoiser.network.get_output_embeddings().register_forward_hook(lambda _, args, out: rows.append(out.shape[:-1].numel()))
+    denoiser.network.get_output_embeddings().register_forward_hook(
+        lambda _, args, out: rows.append(out.shape[:-1].numel())
+    )
     monkeypatch.setattr(module, "CHUNK", 4)
     with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
         loss = denoiser(view, keep_N, target_N).sum()

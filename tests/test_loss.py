@@ -1,4 +1,4 @@
-"""The loss, and the arithmetic that pins the method: likelihoods by the chain rule, and what the loss must not depend on."""
+"""The loss and the arithmetic that pins the method: likelihoods by the chain rule, and what it must not depend on."""
 
 from __future__ import annotations
 
@@ -82,7 +82,9 @@ def test_the_loss_is_a_sum():
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("pattern", [Pattern(1, "clean"), Pattern(1, "clean", "causal")], ids=["block", "causal"])
-def test_shift_and_block_size_1_give_the_sources_own_likelihood(make_batch, make_denoiser, source_folder, family, pattern):
+def test_shift_and_block_size_1_give_the_sources_own_likelihood(
+    make_batch, make_denoiser, source_folder, family, pattern
+):
     network = AutoModelForCausalLM.from_pretrained(source_folder(family))
     batch = make_batch([[12]])
     loss = network(input_ids=batch.ids_BL, labels=batch.ids_BL).loss.item()
@@ -110,7 +112,9 @@ def test_block_size_1_without_shift_is_its_own_chain_rule(make_batch, make_denoi
 
 @pytest.mark.parametrize("size", [3, 4])
 @pytest.mark.parametrize("shift", ["none", "next_token"])
-def test_nelbo_over_all_masks_is_the_mean_likelihood_over_all_orders(make_batch, make_denoiser, plain_logits, size, shift):
+def test_nelbo_over_all_masks_is_the_mean_likelihood_over_all_orders(
+    make_batch, make_denoiser, plain_logits, size, shift
+):
     denoiser = make_denoiser(shift=shift)
     block = range(size, 2 * size)
     masks = [mask for k in range(1, size + 1) for mask in combinations(block, k)]

@@ -76,14 +76,16 @@ def test_each_aligned_run_of_places_shares_out_the_strata_slot_by_slot():
         assert len({tuple(column) for column in strata_PL.T.tolist()}) > 5  # slots turn separately
 
 
-def test_uniforms_of_one_sample_are_uniform_and_independent():
+@pytest.mark.parametrize("place", [0, 3])
+def test_uniforms_of_one_sample_are_uniform_and_independent(place):
     n = 2**15
-    u_L, t_L = uniforms(0, 0, 3, 0, 0, n)
+    u_L, t_L = uniforms(0, 0, place, 0, 0, n)
     even = torch.arange(1, n + 1) / n
     for x_L in (u_L, t_L):
         assert (x_L.sort().values - even).abs().max() < 2 / math.sqrt(n)  # Kolmogorov: 1.63 at 1 %
     strata_L = (t_L * STRATA).ceil().long() - 1
-    for other_L in (strata_L.roll(1), (u_L * STRATA).long()):
+    within_L = ((t_L * STRATA - strata_L) * 2**20).long() % STRATA  # the last bits of the place inside a stratum
+    for other_L in (strata_L.roll(1), (u_L * STRATA).long(), within_L):
         table = torch.bincount(strata_L * STRATA + other_L, minlength=STRATA**2)
         chi_square = ((table - n / STRATA**2) ** 2 / (n / STRATA**2)).sum()
         assert 150 < chi_square < 400  # 255 ± 23
@@ -251,7 +253,9 @@ def test_rank_in_group_equals_sorting_by_loops(sizes, seed):
     def sort_key(i: int):
         return not maskable_L[i].item(), -score_L[i].item() if maskable_L[i] else 0.0, i
 
-    expected = [sorted((k for k in range(length) if starts[k] == starts[i]), key=sort_key).index(i) for i in range(length)]
+    expected = [
+        sorted((k for k in range(length) if starts[k] == starts[i]), key=sort_key).index(i) for i in range(length)
+    ]
     rank_L = rank_in_group(score_L[None], maskable_L[None], torch.tensor([starts]))[0]
     assert rank_L.tolist() == expected
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from itertools import pairwise
 from types import SimpleNamespace
 
 import pytest
@@ -90,7 +91,7 @@ def packed_kernel(q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k,
     assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k) and longest_q == longest_k
     assert starts_q[0] == 0 and starts_q[-1] == len(q_ThD) and longest_q == starts_q.diff().max()
     out = []
-    for first, last in zip(starts_q[:-1], starts_q[1:], strict=True):
+    for first, last in pairwise(starts_q.tolist()):
         run = [x[first:last].transpose(0, 1)[None] for x in (q_ThD, k_TgD, v_TgD)]
         size = last - first
         mask = torch.ones(1, size, size, dtype=torch.bool)

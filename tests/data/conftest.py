@@ -49,6 +49,7 @@ def characters():
         vocab = {letter: n for n, letter in enumerate(["<eos>", *alphabet, "<end>"])}
         words = Tokenizer(models.WordLevel(vocab, unk_token="<end>"))
         words.pre_tokenizer = pre_tokenizers.Split(Regex("."), "isolated")
+        words.add_special_tokens(["<eos>", "<end>"])
         return PreTrainedTokenizerFast(tokenizer_object=words, eos_token=eos_token)
 
     return make

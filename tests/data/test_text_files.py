@@ -55,6 +55,11 @@ def test_the_split_depends_on_names_alone(folder, tmp_path):
     assert after.identity() == TextFiles([str(moved)]).identity()
 
 
+def test_the_split_is_the_same_on_every_machine(folder):
+    """Pinned: no order of the file system, no seed of Python's own hash."""
+    assert texts(TextFiles([str(folder)], val_share=0.25), "val") == [f"text {n}" for n in (15, 6, 2, 19, 18)]
+
+
 def test_the_split_takes_from_all_over_the_names(folder):
     kept = {int(text.split()[1]) for text in texts(TextFiles([str(folder)], val_share=0.5), "val")}
     assert kept not in ({*range(10)}, {*range(10, 20)}, {*range(0, 20, 2)}, {*range(1, 20, 2)})

@@ -11,7 +11,9 @@ import pytest
 import torch
 
 from dlm_lightning.data.rows import Document, pack
+from dlm_lightning.data.stream import VALIDATION
 from dlm_lightning.data.token_data import TokenData
+from dlm_lightning.noise import uniforms
 
 TRAIN = ["abc", "hello", "zz", "a"]
 IDS = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}
@@ -48,8 +50,9 @@ def test_a_second_run_reads_nothing_again(given, ready):
 def test_set_up_alone_builds_what_is_missing_and_only_once(given, attach):
     data = attach(given(TRAIN))
     data.setup("fit")
+    rows = data.rows
     data.setup("validate")
-    assert data.reads == ["train", "val"]
+    assert data.reads == ["train", "val"] and data.rows is rows
 
 
 def unsplit(data):
@@ -265,6 +268,8 @@ def test_validation_sees_each_row_once_with_the_same_noise_each_time(given, read
     real = [tensor[joined(batches)[-1] >= 0] for tensor in joined(batches)]
     assert all(torch.equal(a, b) for a, b in zip(real, joined(again), strict=True))
     assert real[-1].tolist() == list(range(5))
+    noise = [uniforms(0, VALIDATION, place, epoch=0, view=0, length=8)[0] for place in range(5)]
+    assert torch.equal(real[4], torch.stack(noise))
 
 
 @pytest.mark.parametrize(("val_rows", "seen"), [(None, 5), (3, 3), (64, 5)])

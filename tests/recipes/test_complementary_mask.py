@@ -81,13 +81,15 @@ def test_an_ar_weight_adds_the_ar_loss_on_the_one_clean_copy(make_recipe, batch,
         make_recipe(ComplementaryMask, block_size=4, context_rank="causal", ar_weight=w) for w in (0.0, 0.3)
     )
     difference = with_ar.training_step(batch, 0).item() - plain.training_step(batch, 0).item()
-    assert difference == pytest.approx(0.3 * validated(plain, batch)["ar_nll"] * batch.maskable_BL.sum().item(), rel=1e-4)
+    assert difference == pytest.approx(
+        0.3 * validated(plain, batch)["ar_nll"] * batch.maskable_BL.sum().item(), rel=1e-4
+    )
 
 
 @pytest.mark.parametrize(
     "options, message",
     [
-        ({"ar_weight": 0.1}, "context_rank: causal; whole blocks would see the answer"),
+        ({"ar_weight": 0.1}, r"model.ar_weight .* model.context_rank: causal"),
         ({"noise": Noise("exact", "count_ratio")}, "noise.masking: exact does not go with ComplementaryMask"),
         ({"noise": Noise("bernoulli", "inverse_p")}, "noise.masking: bernoulli does not go with ComplementaryMask"),
         ({"block_size": None}, "needs a block_size"),

@@ -67,11 +67,13 @@ def test_an_ar_weight_adds_the_ar_loss(make_recipe, make_batch, validated):
     batch = make_batch([[LENGTH, 4], [9]], length=17)
     plain, with_ar = (make_recipe(FullBidirectional, ar_weight=w) for w in (0.0, 0.3))
     difference = with_ar.training_step(batch, 0).item() - plain.training_step(batch, 0).item()
-    assert difference == pytest.approx(0.3 * validated(plain, batch)["ar_nll"] * batch.maskable_BL.sum().item(), rel=1e-4)
+    assert difference == pytest.approx(
+        0.3 * validated(plain, batch)["ar_nll"] * batch.maskable_BL.sum().item(), rel=1e-4
+    )
 
 
 def test_wrong_settings_are_refused():
     with pytest.raises(ValueError, match="annealing_steps must be at least 0"):
         FullBidirectional(source="anything", annealing_steps=-1)
-    with pytest.raises(ValueError, match="noise.masking: complementary does not go with FullBidirectional"):
+    with pytest.raises(ValueError, match=r"noise.masking: complementary does not go with FullBidirectional"):
         FullBidirectional(source="anything", noise=Noise("complementary", "one"))

@@ -1,0 +1,101 @@
+"""Errors as one sentence: a parser's nested report is reduced to the key, the reason and the nearest valid name."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from dlm_lightning.catalog import PLUGINS, classes, nearest
+
+SECTIONS = ("model", "data", "trainer", "seed_everything")
+_TAIL = re.compile(r" - Expected a <class 'NoneType'>.*| Given value type: .*| - Not a valid sub.*| Subclass types .*")
+_TYPE = re.compile(r"<class '([^']+)'>|typing\.")
+
+
+def sentence(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    if match := re.match(r"unrecognized arguments: (\S+)", text):
+        return _unknown(match[1].lstrip("-").split("=")[0])
+    if match := re.match(r"Option '([^']+)' is not accepted|Group '(trainer)' does not accept option '([^']+)'", text):
+        return _unknown(match[1] or f"{match[2]}.{match[3]}")
+    if "Errors: - " not in text and not text.startswith("Parser key "):
+        return text
+    key = _key(text)
+    reason = _TAIL.sub("", text.rsplit("Errors: - ", 1)[-1])
+    if match := re.match(r"Problem with given class_path '([^']+)': (.*)", reason):
+        path, reason = match.groups()
+        if match := re.match(r"Option '([^']+)' is not accepted", reason):
+            return f"{key}.{match[1]}: {_last(path)} takes no such key{nearest(match[1], _parameters(path))}"
+        if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", reason):
+            group, name = match.groups()
+            return f"{key}.{group}.{name}: there is no such key{nearest(name, _fields(path, group))}"
+        if match := re.match(r"module '([^']+)' has no attribute '([^']+)'", reason):
+            return f"{key}.class_path: there is no {match[2]} in {match[1]}{nearest(match[2], _names(match[1]))}"
+    if match := re.match(r"Expected a dot import path string: (\S+)", reason):
+        known = [path for package, base in PLUGINS.values() for path, _ in classes(package, base)]
+        meant = nearest(match[1], [_last(path) for path in known])
+        full = next((path for path in known if meant.endswith(f" {_last(path)}?")), "")
+        return f"{key}.class_path: {match[1]} is not a full class path" + (f"; did you mean {full}?" if full else "")
+    if match := re.match(r'Parser key "([^"]+)": (.*)', reason):
+        inner, reason = match.groups()
+        key = inner if inner.startswith(f"{key}.") or inner == key else ".".join(filter(None, (key, inner)))
+    return _readable(key, reason)
+
+
+def check_overrides(words: Sequence[str], config: Any) -> None:
+    """Refuse an override of a nested key that the parser dropped without a word (it checks these in YAML only)."""
+    for word in words:
+        section, *path = word.lstrip("-").partition("=")[0].split(".")
+        if section not in ("model", "data") or len(path) < 2 or path[-1].endswith("+"):
+            continue
+        found = config[section]
+        for name in path if path[0] in ("class_path", "init_args") else ["init_args", *path]:
+            known = list(vars(found)) if hasattr(found, "__dict__") else found
+            if isinstance(known, (list, dict)) and name not in known and not isinstance(found, dict):
+                raise ValueError(f"there is no key {section}.{'.'.join(path)}{nearest(name, known)}")
+            found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
+
+
+def _key(text: str) -> str:
+    match = re.match(r'Parser key "([^"]+)":', text)
+    return match[1] if match else ""
+
+
+def _readable(key: str, reason: str) -> str:
+    reason = _TYPE.sub(lambda match: match[1] or "", reason)
+    reason = re.sub(r"Expected an? (.+?)\.? Got value: (.*)", r"expected \1, got \2", reason)
+    return f"{key}: {reason}" if key and not reason.startswith(key) else reason
+
+
+def _unknown(key: str) -> str:
+    from lightning.pytorch import Trainer
+
+    section, _, rest = key.partition(".")
+    known = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+    if section in SECTIONS or not rest:
+        return f"there is no key {key}{nearest(key, [*known, *SECTIONS, 'run', 'ckpt_path'])}"
+    meant = nearest(section, SECTIONS)
+    return f"there is no key {key}{meant.removesuffix('?')}.{rest}?" if meant else f"there is no key {key}"
+
+
+def _parameters(path: str) -> dict[str, inspect.Parameter]:
+    cls = getattr(importlib.import_module(path.rsplit(".", 1)[0]), _last(path))
+    signatures = [inspect.signature(parent.__init__, eval_str=True).parameters for parent in reversed(cls.__mro__)]
+    return {name: parameter for signature in signatures for name, parameter in signature.items() if name != "self"}
+
+
+def _fields(path: str, group: str) -> list[str]:
+    parameter = _parameters(path).get(group)
+    return list(getattr(parameter.annotation, "__dataclass_fields__", [])) if parameter else []
+
+
+def _last(path: str) -> str:
+    return path.rsplit(".", 1)[-1]
+
+
+def _names(module: str) -> list[str]:
+    return [name for name in vars(importlib.import_module(module)) if not name.startswith("_")]
