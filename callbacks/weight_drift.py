@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 import time
@@ -13,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from lightning.pytorch.utilities import rank_zero_info
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
@@ -21,6 +21,7 @@ from matplotlib.figure import Figure
 from dlm_lightning.drift import Drift, by_group, measure, pool, rows
 from dlm_lightning.module import Recipe
 
+log = logging.getLogger(__name__)
 FOLDER, TABLE = "drift", "drift.parquet"
 SCHEMA = pa.schema(
     [
@@ -71,7 +72,7 @@ class WeightDrift(L.Callback):
         self._table = SCHEMA.empty_table()
         path = Path(trainer.default_root_dir) / FOLDER / TABLE
         if recipe.source is None:
-            rank_zero_info("WeightDrift measures nothing: a model trained from scratch has no source to drift from")
+            log.info("WeightDrift measures nothing: a model trained from scratch has no source to drift from")
         elif trainer.is_global_zero and path.is_file():
             table = pq.read_table(path, schema=SCHEMA)
             self._table = table.filter(pc.field("step") <= trainer.global_step)
@@ -97,7 +98,7 @@ class WeightDrift(L.Callback):
         if trainer.is_global_zero:
             for logger in trainer.loggers:
                 logger.log_metrics({"drift/seconds_share": share}, step=self._label)
-        rank_zero_info(
+        log.info(
             f"WeightDrift: {self._measurements} measurements in {self._seconds:.2f} s, {share:.2%} of the training time"
         )
 

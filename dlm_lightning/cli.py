@@ -124,3 +124,7 @@ def _list() -> int:
 def _title(path: Path) -> str:
     first = path.read_text(encoding="utf-8").split("\n", 1)[0]
     return first.removeprefix("#").strip() if first.startswith("#") else "no description"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -72,7 +72,7 @@ class Denoiser(nn.Module):
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
         logits_NV = self.network.get_output_embeddings()(hidden_ND).float()
-        return logits_NV.masked_fill(self.banned_V, -torch.inf)
+        return logits_NV.masked_fill_(self.banned_V, -torch.inf)
 
     def _nll(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
         return F.cross_entropy(self._logits(hidden_ND), target_N, reduction="none")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import pyarrow.parquet as pq
 import torch
 from rich.console import Console
 from rich.table import Table
@@ -13,7 +12,8 @@ from rich.text import Text
 
 from dlm_lightning import checkpoint, runs
 from dlm_lightning.decode.blockwise import Decoded, decode
-from dlm_lightning.drift import METRICS, by_group
+from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
+from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
 from dlm_lightning.training import quiet, reopen
 
@@ -39,7 +39,7 @@ def summarize(folder: str) -> None:
     steps = checkpoint.load_weights(recipe, path)["global_step"]
     console = Console(highlight=False)
     console.print(likelihood(run, steps))
-    table = run / "drift" / "drift.parquet"
+    table = run / FOLDER / TABLE
     if table.is_file():
         console.print(drift(table))
     console.print(filling(recipe))
@@ -61,10 +61,8 @@ def likelihood(run: Path, steps: int) -> Table:
 
 def drift(path: Path) -> Table:
     """Weight drift from the AR source per module group, at the last measured step."""
-    rows = pq.read_table(path).to_pylist()
-    last = max(row["step"] for row in rows)
-    groups = by_group(row for row in rows if row["step"] == last)
-    table = Table("module group", *METRICS, title=f"weight drift from the AR source, step {last}", title_justify="left")
+    step, groups = last(path)
+    table = Table("module group", *METRICS, title=f"weight drift from the AR source, step {step}", title_justify="left")
     for group, values in groups.items():
         table.add_row(group, *(f"{values[name]:.3g}" if name in values else "" for name in METRICS))
     return table
@@ -98,7 +96,7 @@ def places(run: Path) -> Table:
         runs.METRICS: "everything that was logged, one row per step",
         "tensorboard": "the same for `tensorboard --logdir`",
         checkpoint.FOLDER: "what `dlm resume` continues from",
-        "drift": "drift.parquet and a heat map per measured step",
+        FOLDER: "drift.parquet and a heat map per measured step",
         "samples.txt": "continuations at each validation",
         "model": "the finished network as a Hugging Face folder",
     }

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (strategies registers fsdp2)
@@ -20,6 +21,7 @@ from dlm_lightning.errors import check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
 
+log = logging.getLogger(__name__)
 PLACEHOLDER = "runs/RECIPE/NUMBER"
 
 
@@ -29,6 +31,9 @@ def quiet() -> None:
     for name in ("lightning.pytorch", "lightning.fabric", "lightning.pytorch.utilities.rank_zero"):
         logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
+    ours = logging.getLogger("dlm_lightning")
+    ours.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+    ours.handlers = [logging.StreamHandler(sys.stdout)]
 
 
 def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> LightningCLI:
@@ -88,8 +93,7 @@ def resume(folder: str) -> Path:
     if steps >= cli.trainer.max_steps:
         raise ValueError(f"{folder} is finished: it has made all {steps} of its {cli.trainer.max_steps} steps")
     if start is None:
-        if cli.trainer.is_global_zero:
-            print(f"{folder} has no checkpoint yet; it starts again from step 0", flush=True)
+        log.info("%s has no checkpoint yet; it starts again from step 0", folder)
     for logger in cli.trainer.loggers:
         if isinstance(logger, MetricsCSV):
             logger.keep(steps)
@@ -127,8 +131,7 @@ def _known(path: Path) -> Path:
 def _train(cli: LightningCLI, start: Path | None) -> None:
     if start is None:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-        if cli.trainer.is_global_zero:
-            print(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics), flush=True)
+        log.info(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics))
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt

@@ -1,0 +1,276 @@
+"""Whole runs through the command line: artefacts, resume, ranks and strategies, plug-ins."""
+
+from __future__ import annotations
+
+import csv
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from transformers import AutoModelForCausalLM
+
+RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
+Dlm = Callable[..., subprocess.CompletedProcess]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = "the quick brown fox jumps over the lazy dog while seven wizards box".split()
+    for number in range(6):
+        lines = (" ".join(words[(number + row + i) % len(words)] for i in range(9)) for row in range(60))
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def dlm(tmp_path_factory: pytest.TempPathFactory) -> Dlm:
+    """`dlm("fit", …, cwd=…)` in a process of its own, with a cache shared by the tests; fails the test on failure."""
+    cache = tmp_path_factory.mktemp("cache")
+
+    def run(*words: str, cwd: Path, fails: bool = False, env: dict[str, str] | None = None):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **(env or {})}
+        command = [sys.executable, "-m", "dlm_lightning.cli", *map(str, words)]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+@pytest.fixture
+def small(source_folder: Callable[..., Path], corpus: Path) -> Callable[..., list[str]]:
+    """Overrides that make a shipped recipe a matter of seconds."""
+
+    def overrides(**more: object) -> list[str]:
+        values = {
+            "model.source": source_folder("qwen3", tied=True),
+            "data.paths": f"[{corpus}]",
+            "data.val_share": 0.2,
+            "data.row_length": 24,
+            "data.batch_size": 4,
+            "data.val_rows": 6,
+            "trainer.max_steps": 6,
+            "trainer.val_check_interval": 4,
+            "trainer.log_every_n_steps": 1,
+            **{key.replace("__", "."): value for key, value in more.items()},
+        }
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return overrides
+
+
+def metrics(run: Path) -> list[dict[str, str]]:
+    """Rows of metrics.csv without its column of time shares."""
+    with (run / "metrics.csv").open(newline="") as file:
+        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+    return [row for row in rows if set(row.values()) - {"", row["step"], row["epoch"]}]
+
+
+def losses(run: Path) -> list[float]:
+    return [float(row["train/loss"]) for row in metrics(run) if row["train/loss"]]
+
+
+def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
+    return torch.load(run / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_a_shipped_recipe_runs_and_leaves_what_the_readme_says(recipe, dlm, small, tmp_path):
+    done = dlm("fit", recipe, *small(), cwd=tmp_path)
+    run = tmp_path / "runs" / recipe / "1"
+    assert done.stdout.splitlines()[-1] == f"run: {run}"
+    assert "step 0: masked cross-entropy" in done.stdout
+    for name in ("config.yaml", "metrics.csv", "tensorboard", "checkpoints/step=6.ckpt", "drift/drift.parquet"):
+        assert (run / name).exists(), name
+    assert (run / "drift" / "step_000006.png").stat().st_size > 1000
+    assert "step 6" in (run / "samples.txt").read_text()
+    validations = [row for row in metrics(run) if row["val/nelbo"]]
+    assert [row["step"] for row in validations][0] == "0"
+    assert all(row["val/ar_nll"] for row in validations)
+    assert len(losses(run)) == 6
+    assert "tokens per forward" in dlm("summary", run, cwd=tmp_path).stdout
+    validated = dlm("validate", run, cwd=tmp_path).stdout
+    assert validations[-1]["val/nelbo"][:6] in validated
+    assert len(metrics(run)) == len(metrics(run)), "validate leaves the run's metrics alone"
+
+
+def test_the_resolved_config_repeats_the_run(dlm, small, tmp_path):
+    dlm("fit", "block_causal", *small(), "--run", "a", cwd=tmp_path)
+    config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
+    text = yaml.safe_dump(config).replace(str(tmp_path / "a"), str(tmp_path / "b"))
+    (tmp_path / "again.yaml").write_text(text)
+    dlm("fit", "again.yaml", "--run", "b", cwd=tmp_path)
+    assert metrics(tmp_path / "a") == metrics(tmp_path / "b")
+
+
+def test_ar_source_trains_a_folder_that_transformers_loads_and_that_converts(dlm, corpus, tmp_path):
+    data = [f"data.paths=[{corpus}]", "data.val_share=0.2", "data.row_length=24", "data.val_rows=6"]
+    model = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "qwen3", "tie_word_embeddings": True}
+    small = ["trainer.max_steps=3", "trainer.val_check_interval=3", f"model.config={model}", "data.vocab_size=300"]
+    dlm("fit", "ar_source", *data, *small, cwd=tmp_path)
+    folder = tmp_path / "runs" / "ar_source" / "1" / "model"
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    trained = weights(folder.parent, 3)
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, trained[f"denoiser.network.{name}"]), name
+    dlm("fit", "block_causal", *data, *small[:2], cwd=tmp_path)  # finds runs/ar_source by itself
+    first = next(row for row in metrics(tmp_path / "runs/block_causal/1") if row["val/ar_nll"])
+    last = [row for row in metrics(folder.parent) if row["val/ar_nll"]][-1]
+    assert float(first["val/ar_nll"]) == pytest.approx(float(last["val/ar_nll"]), rel=1e-6)
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_killed_and_resumed_equals_undisturbed_bitwise(recipe, accumulate, dlm, small, tmp_path):
+    """The kill is a real one: SIGKILL from inside step 5, after the checkpoint of step 4."""
+    checkpoints = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    words = small(
+        trainer__callbacks=checkpoints,
+        trainer__accumulate_grad_batches=accumulate,
+        trainer__val_check_interval=4 * accumulate,
+        data__batch_size=2,
+    )
+    dlm("fit", recipe, *words, "--run", "whole", cwd=tmp_path)
+    killer = "[{class_path: killer.Kill}, " + checkpoints[1:]
+    (tmp_path / "killer.py").write_text(
+        "import os, signal, lightning as L\n"
+        "class Kill(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        "        if trainer.global_step == 5 and 'SPARE' not in os.environ: os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    words = [word for word in words if "callbacks" not in word] + [f"trainer.callbacks={killer}"]
+    path = {"PYTHONPATH": str(tmp_path)}
+    dlm("fit", recipe, *words, "--run", "killed", cwd=tmp_path, env=path, fails=True)
+    assert not (tmp_path / "killed" / "checkpoints" / "step=6.ckpt").exists()
+    dlm("resume", "killed", cwd=tmp_path, env=path | {"SPARE": "1"})
+    whole, killed = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
+    assert all(torch.equal(value, killed[name]) for name, value in whole.items())
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "killed")
+
+
+def test_a_run_that_died_before_its_first_checkpoint_starts_again(dlm, small, tmp_path):
+    dlm("fit", "block_causal", *small(), "--run", "whole", cwd=tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "died")
+    shutil.rmtree(tmp_path / "died" / "checkpoints")
+    done = dlm("resume", "died", cwd=tmp_path)
+    assert "no checkpoint yet; it starts again from step 0" in done.stdout
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "died")
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_two_ranks_give_the_losses_of_one(strategy, dlm, small, tmp_path):
+    dlm("fit", "complementary_mask", *small(), "--run", "one", cwd=tmp_path)
+    two = small(data__batch_size=2, trainer__devices=2, trainer__strategy=strategy)
+    done = dlm("fit", "complementary_mask", *two, "--run", "two", cwd=tmp_path)
+    assert done.stdout.count("run: ") == 1
+    assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = ([row for row in metrics(tmp_path / run) if row["val/nelbo"]] for run in ("one", "two"))
+    for name in ("val/nelbo", "val/ar_nll", "val/masked_ce"):
+        assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-5)
+    drifts = [float(row["drift/q/rel_fro"]) for run in ("one", "two") for row in metrics(tmp_path / run)
+              if row.get("drift/q/rel_fro")]  # fmt: skip
+    assert len(drifts) == 2
+    assert drifts[0] == pytest.approx(drifts[1], rel=1e-3)
+
+
+def test_fsdp2_resumes_from_its_sharded_checkpoint(dlm, small, tmp_path):
+    checkpoints = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    words = small(
+        data__batch_size=2, trainer__devices=2, trainer__strategy="fsdp2", trainer__callbacks=checkpoints,
+        data__val_rows=2,
+    )  # fmt: skip
+    dlm("fit", "block_causal", *words, "--run", "whole", cwd=tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step=6.ckpt")
+    dlm("resume", "cut", cwd=tmp_path)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert "tokens per forward" in dlm("summary", "cut", cwd=tmp_path).stdout
+
+
+def test_accumulation_gives_the_losses_of_one_large_batch(dlm, small, tmp_path):
+    dlm("fit", "block_causal", *small(), "--run", "one", cwd=tmp_path)
+    several = small(data__batch_size=1, trainer__accumulate_grad_batches=4, trainer__val_check_interval=16)
+    dlm("fit", "block_causal", *several, "--run", "several", cwd=tmp_path)
+    assert losses(tmp_path / "several") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+
+
+def test_bf16_mixed_trains_close_to_float32(dlm, small, tmp_path):
+    dlm("fit", "block_causal", *small(), "--run", "full", cwd=tmp_path)
+    dlm("fit", "block_causal", *small(trainer__precision="bf16-mixed"), "--run", "half", cwd=tmp_path)
+    assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.03)
+    assert losses(tmp_path / "half") != losses(tmp_path / "full")
+
+
+STRIDED = '''
+from dlm_lightning.module import Recipe
+from dlm_lightning.view import Pattern, View
+
+
+class Strided(Recipe):
+    """Sees only tokens of its own parity.
+
+    Args:
+        stride: how many tokens apart neighbours are.
+        **options: see `Recipe`.
+    """
+
+    def __init__(self, stride: int = 2, **options) -> None:
+        super().__init__(Pattern(block_size=None), **options)
+        self.stride = stride
+
+    def predicate(self, q: View, k: View):
+        return (q.document_BS == k.document_BS) & (q.position_BS % self.stride == k.position_BS % self.stride)
+'''
+
+
+def test_a_recipe_in_a_folder_of_its_own_runs_and_resumes(dlm, small, tmp_path):
+    folder = tmp_path / "elsewhere"
+    folder.mkdir()
+    (folder / "strided.py").write_text(STRIDED)
+    shipped = Path(__file__).parents[1] / "recipes" / "block_causal.yaml"
+    recipe = yaml.safe_load(shipped.read_text())
+    recipe["extends"] = [str((shipped.parent / part).resolve()) for part in recipe["extends"]]
+    recipe["model"] = {"class_path": "strided.Strided", "init_args": {"stride": 3}}
+    (folder / "strided.yaml").write_text(yaml.safe_dump(recipe))
+    dlm("fit", "elsewhere/strided.yaml", *small(), "--run", "whole", cwd=tmp_path)
+    shutil.copytree(tmp_path / "whole", tmp_path / "died")
+    shutil.rmtree(tmp_path / "died" / "checkpoints")
+    dlm("resume", "died", cwd=tmp_path / "elsewhere", fails=True)
+    dlm("resume", "died", cwd=tmp_path)
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "died")
+    assert "██" in dlm("show", "elsewhere/strided.yaml", *small()[:1], cwd=tmp_path).stdout
+
+
+def test_a_recipe_of_an_installed_package_is_listed_and_runs(dlm, small, tmp_path):
+    """An installed wheel, as far as Python can tell: a package and its dist-info on the path."""
+    site = tmp_path / "site"
+    (site / "strided_plugin").mkdir(parents=True)
+    (site / "strided_plugin" / "__init__.py").write_text("")
+    (site / "strided_plugin" / "strided.py").write_text(STRIDED)
+    shipped = Path(__file__).parents[1] / "recipes" / "block_causal.yaml"
+    recipe = yaml.safe_load(shipped.read_text())
+    recipe["extends"] = [str((shipped.parent / part).resolve()) for part in recipe["extends"]]
+    recipe["model"] = {"class_path": "strided_plugin.strided.Strided"}
+    (site / "strided_plugin" / "strided.yaml").write_text("# every second token\n" + yaml.safe_dump(recipe))
+    info = site / "strided_plugin-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: strided-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[dlm_lightning.recipes]\nstrided = strided_plugin.strided\nbroken = strided_plugin.nowhere\n"
+    )
+    path = {"PYTHONPATH": str(site)}
+    listed = dlm("list", cwd=tmp_path, env=path)
+    assert "strided" in listed.stdout and "from strided-plugin" in listed.stdout
+    assert "broken" in listed.stderr
+    dlm("fit", "strided", *small(), cwd=tmp_path, env=path)
+    assert (tmp_path / "runs" / "strided" / "1" / "metrics.csv").is_file()
