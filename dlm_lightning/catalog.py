@@ -60,7 +60,7 @@ def find(recipe: str) -> RecipeFile:
     known = {found.name: found for found in recipes()}
     if recipe in known:
         return known[recipe]
-    raise FileNotFoundError(f"there is no recipe {recipe}{nearest(recipe, known)}; `dlm list` shows all")
+    raise FileNotFoundError(f"there is no recipe {recipe}{nearest(recipe, known) or ';'} `dlm list` shows all")
 
 
 def nearest(name: str, known: Any) -> str:
@@ -87,11 +87,13 @@ def compose(path: Path) -> dict[str, Any]:
             own = OmegaConf.load(path)
             if not OmegaConf.is_dict(own):
                 raise ValueError(f"{path} is not a mapping of keys to values")
-            extends = own.pop("extends", [])
-        except (YAMLError, OmegaConfBaseException) as error:
+            extends = own.pop("extends", None)
+            parts = list(extends) if OmegaConf.is_list(extends) else [extends] if extends else []
+        except (OSError, UnicodeError, YAMLError, OmegaConfBaseException) as error:
             raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
-        extends = [extends] if isinstance(extends, str) else extends
-        return OmegaConf.merge(*(load((path.parent / part).resolve(), (*within, path)) for part in extends), own)
+        if not all(isinstance(part, str) for part in parts):
+            raise ValueError(f"{path}: extends names a file or a list of files")
+        return OmegaConf.merge(*(load((path.parent / part).resolve(), (*within, path)) for part in parts), own)
 
     return OmegaConf.to_container(load(path.resolve(), ()), resolve=False)
 

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 
 FOLDER = "checkpoints"
 _SHARDED_META = "meta.pt"  # Lightning writes it last into a sharded checkpoint's folder
+_FACTS = "dlm_lightning"  # the key under which every recipe states what it is
 
 
 class Checkpoints(ModelCheckpoint):
@@ -42,17 +43,20 @@ class Checkpoints(ModelCheckpoint):
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain values only; of a sharded one, all but its tensors.
 
-    Raises ValueError for one that holds anything else, or is damaged.
+    Raises ValueError for one that holds anything else, is damaged, or was not written by a recipe.
     """
     file = path / _SHARDED_META if path.is_dir() else path
     if not file.is_file():
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
-        return torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, which could run code; refused") from error
-    except (RuntimeError, EOFError, KeyError) as error:
+    except (RuntimeError, OSError, EOFError, KeyError) as error:  # OSError: cut off near its end
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
+    if not isinstance(content, dict) or _FACTS not in content:
+        raise ValueError(f"{path} was not written by dlm_lightning")
+    return content
 
 
 def newest(run: Path) -> Path | None:

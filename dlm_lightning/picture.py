@@ -56,7 +56,7 @@ def labels(view: View) -> list[str]:
 
 
 def characters(view: View, sees_SS: Tensor) -> str:
-    """The pattern in characters: a row per query, █ where it sees a key, ░ where both are noisy copies."""
+    """The pattern in characters: a row per query, ██ where it sees a key of copy 0, ▓▓ one of a noisy copy."""
     names = labels(view)
     noisy_S = (view.copy_BS[0] > 0).tolist()
     lines = ["rows attend to columns; ' marks a noisy copy, · a masked token", ""]

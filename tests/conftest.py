@@ -5,14 +5,22 @@ All fixtures are functions or folders of session scope, so that hypothesis can u
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import os
+import subprocess
+import sys
+import warnings
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
+from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
@@ -20,7 +28,7 @@ from hypothesis import settings
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from dlm_lightning import attention
+from dlm_lightning import attention, cli
 from dlm_lightning.data.tokenizer import trained_tokenizer
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.loss import score, weighted_sum
@@ -221,3 +229,122 @@ def validated() -> Callable[[Recipe, Batch], dict[str, float]]:
         return {name: metric.compute().item() for name, metric in recipe.metrics.items() if metric.update_called}
 
     return run
+
+
+# Commands
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with six text files."""
+    folder = tmp_path_factory.mktemp("corpus")
+    words = TEXT.split()[:13]
+    for number in range(6):
+        lines = (" ".join(words[(number + row + i) % len(words)] for i in range(9)) for row in range(60))
+        (folder / f"{number}.txt").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def row_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the commands of all tests keep their tokenised rows."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture(scope="session")
+def dlm(row_cache: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """`dlm("fit", …, cwd=…)` in a process of its own; fails the test on failure."""
+
+    def run(*words: str, cwd: Path, fails: bool = False, env: dict[str, str] | None = None):
+        environment = {**os.environ, "XDG_CACHE_HOME": str(row_cache), "OMP_NUM_THREADS": "1", **(env or {})}
+        command = [sys.executable, "-m", "dlm_lightning.cli", *map(str, words)]
+        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
+        assert (done.returncode != 0) == fails, done.stdout + done.stderr
+        assert "Traceback" not in done.stderr
+        return done
+
+    return run
+
+
+class Said(NamedTuple):
+    """What a command left behind on the terminal."""
+
+    code: int
+    out: str
+    err: str
+
+
+@pytest.fixture(scope="session")
+def typed(row_cache: Path) -> Callable[..., Said]:
+    """`typed("fit", …, cwd=…)`: a command in this process, which spares five seconds of imports.
+
+    Working directory, environment and import path are put back afterwards.
+    """
+
+    def run(*words: object, cwd: Path, env: dict[str, str] | None = None) -> Said:
+        out, err = io.StringIO(), io.StringIO()
+        with (
+            contextlib.chdir(cwd),
+            contextlib.redirect_stdout(out),
+            contextlib.redirect_stderr(err),
+            mock.patch.dict(os.environ, {"XDG_CACHE_HOME": str(row_cache), **(env or {})}),
+            mock.patch.object(sys, "path", [*sys.path]),
+            mock.patch.object(warnings, "showwarning", warnings.showwarning),
+        ):
+            try:
+                code = cli.main([str(word) for word in words])
+            except SystemExit as stop:
+                code = int(stop.code or 0)
+        return Said(code, out.getvalue(), err.getvalue())
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def refused(typed: Callable[..., Said]) -> Callable[..., str]:
+    """`refused("fit", …, cwd=…)`: the one sentence of a command that fails and leaves all files as they were."""
+
+    def run(*words: object, cwd: Path) -> str:
+        def files() -> dict[Path, bytes | None]:
+            found = (path for path in cwd.rglob("*") if path.is_file() or path.parent.parent.name == "runs")
+            return {path: path.read_bytes() if path.is_file() else None for path in found}
+
+        before = files()
+        said = typed(*words, cwd=cwd)
+        assert said.code == 1, said
+        assert "Traceback" not in said.out + said.err
+        assert said.err.startswith("dlm: ") and said.err.count("\n") == 1 and said.err.endswith("\n"), said.err
+        assert files() == before
+        return said.err.removeprefix("dlm: ").rstrip("\n")
+
+    return run
+
+
+@pytest.fixture
+def small(source_folder: Callable[..., Path], corpus: Path) -> Callable[..., list[str]]:
+    """Overrides that make a shipped recipe a matter of seconds."""
+
+    def overrides(**more: object) -> list[str]:
+        values = {
+            "model.source": source_folder("qwen3", tied=True),
+            "data.paths": f"[{corpus}]",
+            "data.val_share": 0.2,
+            "data.row_length": 24,
+            "data.batch_size": 4,
+            "data.val_rows": 6,
+            "trainer.max_steps": 6,
+            "trainer.val_check_interval": 4,
+            "trainer.log_every_n_steps": 1,
+            **{key.replace("__", "."): value for key, value in more.items()},
+        }
+        return [f"{key}={value}" for key, value in values.items()]
+
+    return overrides
+
+
+@pytest.fixture
+def finished(typed: Callable[..., Said], small: Callable[..., list[str]], tmp_path: Path) -> Path:
+    """A finished run of `block_causal`, 6 steps, with its last checkpoint, in `<tmp_path>/done`."""
+    said = typed("fit", "block_causal", *small(trainer__callbacks="[{class_path: dlm_lightning.checkpoint.Checkpoints}]"), "--run", "done", cwd=tmp_path)
+    assert said.code == 0, said.err
+    return tmp_path / "done"

@@ -3,11 +3,7 @@
 from __future__ import annotations
 
 import csv
-import os
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,56 +12,6 @@ import yaml
 from transformers import AutoModelForCausalLM
 
 RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
-Dlm = Callable[..., subprocess.CompletedProcess]
-
-
-@pytest.fixture(scope="session")
-def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with six text files."""
-    folder = tmp_path_factory.mktemp("corpus")
-    words = "the quick brown fox jumps over the lazy dog while seven wizards box".split()
-    for number in range(6):
-        lines = (" ".join(words[(number + row + i) % len(words)] for i in range(9)) for row in range(60))
-        (folder / f"{number}.txt").write_text("\n".join(lines))
-    return folder
-
-
-@pytest.fixture(scope="session")
-def dlm(tmp_path_factory: pytest.TempPathFactory) -> Dlm:
-    """`dlm("fit", …, cwd=…)` in a process of its own, with a cache shared by the tests; fails the test on failure."""
-    cache = tmp_path_factory.mktemp("cache")
-
-    def run(*words: str, cwd: Path, fails: bool = False, env: dict[str, str] | None = None):
-        environment = {**os.environ, "XDG_CACHE_HOME": str(cache), "OMP_NUM_THREADS": "1", **(env or {})}
-        command = [sys.executable, "-m", "dlm_lightning.cli", *map(str, words)]
-        done = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=240)
-        assert (done.returncode != 0) == fails, done.stdout + done.stderr
-        assert "Traceback" not in done.stderr
-        return done
-
-    return run
-
-
-@pytest.fixture
-def small(source_folder: Callable[..., Path], corpus: Path) -> Callable[..., list[str]]:
-    """Overrides that make a shipped recipe a matter of seconds."""
-
-    def overrides(**more: object) -> list[str]:
-        values = {
-            "model.source": source_folder("qwen3", tied=True),
-            "data.paths": f"[{corpus}]",
-            "data.val_share": 0.2,
-            "data.row_length": 24,
-            "data.batch_size": 4,
-            "data.val_rows": 6,
-            "trainer.max_steps": 6,
-            "trainer.val_check_interval": 4,
-            "trainer.log_every_n_steps": 1,
-            **{key.replace("__", "."): value for key, value in more.items()},
-        }
-        return [f"{key}={value}" for key, value in values.items()]
-
-    return overrides
 
 
 def metrics(run: Path) -> list[dict[str, str]]:

@@ -1,0 +1,71 @@
+"""FSDP2 without FSDP: an empty network filled from the source equals the network that transformers loads."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from lightning.pytorch.strategies import StrategyRegistry
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from dlm_lightning.source import Source, build
+from dlm_lightning.strategies import FSDP2, fill
+
+
+def filled(source: Source, rows: int = 300) -> nn.Module:
+    """A network that was empty, and poisoned so that whatever is not filled shows."""
+    config = source.config
+    config.vocab_size = rows
+    network = build(config, source, "eager", meta=True).to_empty(device="cpu")
+    with torch.no_grad():
+        for tensor in [*network.parameters(), *network.buffers()]:
+            tensor.fill_(torch.nan)
+    fill(network, source)
+    return network
+
+
+def everything(network: nn.Module) -> dict[str, torch.Tensor]:
+    """Parameters and buffers, also those that no file keeps."""
+    return dict(network.named_parameters(remove_duplicate=False)) | dict(network.named_buffers())
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+def test_a_filled_network_equals_from_pretrained(family, tied, source_folder):
+    folder = source_folder(family, tied)
+    network, expected = filled(Source(str(folder))), AutoModelForCausalLM.from_pretrained(folder)
+    assert any("inv_freq" in name for name in everything(expected))
+    assert everything(network).keys() == everything(expected).keys()
+    for name, tensor in everything(expected).items():
+        assert torch.equal(everything(network)[name], tensor), name
+    assert (network.get_output_embeddings().weight is network.get_input_embeddings().weight) == tied
+    ids_BL = torch.arange(20)[None]
+    expected.set_attn_implementation("eager")
+    assert torch.equal(network(ids_BL).logits, expected(ids_BL).logits)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_added_rows_are_those_of_build(tied, source_folder):
+    source = Source(str(source_folder(tied=tied)))
+    config = source.config
+    config.vocab_size = 303
+    expected = everything(build(config, source, "eager"))
+    network = everything(filled(source, 303))
+    assert network["lm_head.weight"].shape[0] == 303
+    for name, tensor in expected.items():
+        assert torch.equal(network[name], tensor), name
+
+
+def test_a_sharded_source_fills_as_one_file_does(source_folder, tmp_path):
+    folder = shutil.copytree(source_folder(), tmp_path / "source")
+    AutoModelForCausalLM.from_pretrained(source_folder()).save_pretrained(Path(folder), max_shard_size="30KB")
+    (folder / "model.safetensors").unlink()
+    one, several = everything(filled(Source(str(source_folder())))), everything(filled(Source(str(folder))))
+    assert all(torch.equal(one[name], several[name]) for name in one)
+
+
+def test_the_strategy_is_known_by_its_name():
+    assert isinstance(StrategyRegistry.get("fsdp2"), FSDP2)
