@@ -84,7 +84,7 @@ def compose(path: Path) -> dict[str, Any]:
         if not path.is_file():
             raise FileNotFoundError(f"{within[-1]} extends {path}, which does not exist")
         try:
-            own = OmegaConf.load(path)
+            own: Any = OmegaConf.load(path)
             if not OmegaConf.is_dict(own):
                 raise ValueError(f"{path} is not a mapping of keys to values")
             extends = own.pop("extends", None)
@@ -95,7 +95,8 @@ def compose(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path}: extends names a file or a list of files")
         return OmegaConf.merge(*(load((path.parent / part).resolve(), (*within, path)) for part in parts), own)
 
-    return OmegaConf.to_container(load(path.resolve(), ()), resolve=False)
+    container: Any = OmegaConf.to_container(load(path.resolve(), ()), resolve=False)
+    return container
 
 
 def make_importable(recipe: RecipeFile) -> None:

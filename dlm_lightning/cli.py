@@ -18,7 +18,7 @@ FIT_HELP = """
 
 key=value stands for LightningCLI's --key=value; all of its options work:
   --print_config            the resolved configuration, then stop
-  --help, --model.help CLASS, --data.help CLASS, --trainer.help   what can be set
+  --help, --model.help CLASS, --data.help CLASS   what can be set
   --ckpt_path FILE          start a new run from a checkpoint
 """
 
@@ -93,6 +93,7 @@ def _fit(argv: list[str]) -> int:
     if recipe is None:
         parser.error("which recipe? `dlm list` shows all")
     words.remove(recipe)
+    catalog.find(recipe)  # a wrong name is answered before seconds of imports
     from dlm_lightning import training
 
     return _report(training.fit(recipe, words, args.run, args.ckpt_path))
@@ -106,10 +107,6 @@ def _report(run: Path) -> int:
 
 
 def _list() -> int:
-    plugins = {
-        "data modules": ("dlm_lightning.data", "TokenData"),
-        "callbacks": ("dlm_lightning.callbacks", "Callback"),
-    }
     tables = {"recipes": [(recipe.name, _title(recipe.path), recipe.origin) for recipe in catalog.recipes()]}
     for title, (package, base) in catalog.PLUGINS.items():
         found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]

@@ -11,7 +11,11 @@ from typing import Any
 from dlm_lightning.catalog import PLUGINS, classes, nearest
 
 SECTIONS = ("model", "data", "trainer", "seed_everything")
-_TAIL = re.compile(r" - Expected a <class 'NoneType'>.*| Given value type: .*| - Not a valid sub.*| Subclass types .*")
+_TAIL = re.compile(
+    r" - Expected a <class 'NoneType'>.*| Given value type: .*| - Not a valid sub.*| Subclass types .*| - Parser key .*"
+)
+_IN_YAML = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
+_AS_OVERRIDE = re.compile(r"unrecognized arguments: --(\w+)\.([^=\s]+)")
 _TYPE = re.compile(r"<class '([^']+)'>|typing\.")
 
 
@@ -22,6 +26,8 @@ def sentence(error: BaseException) -> str:
         return _unknown(match[1].lstrip("-").split("=")[0])
     if match := re.match(r"Option '([^']+)' is not accepted|Group '(trainer)' does not accept option '([^']+)'", text):
         return _unknown(match[1] or f"{match[2]}.{match[3]}")
+    if match := re.match(r"the following arguments are required: (.*)", text):
+        return f"the recipe lacks {match[1]}"
     if "Errors: - " not in text and not text.startswith("Parser key "):
         return text
     key = _key(text)
@@ -30,13 +36,14 @@ def sentence(error: BaseException) -> str:
         path, reason = match.groups()
         if match := re.match(r"Option '([^']+)' is not accepted", reason):
             return f"{key}.{match[1]}: {_last(path)} takes no such key{nearest(match[1], _parameters(path))}"
-        if match := re.match(r"Group '([^']+)' does not accept option '([^']+)'", reason):
+        if match := _IN_YAML.match(reason) or _AS_OVERRIDE.match(reason):
             group, name = match.groups()
             return f"{key}.{group}.{name}: there is no such key{nearest(name, _fields(path, group))}"
         if match := re.match(r"module '([^']+)' has no attribute '([^']+)'", reason):
             return f"{key}.class_path: there is no {match[2]} in {match[1]}{nearest(match[2], _names(match[1]))}"
     if match := re.match(r"Expected a dot import path string: (\S+)", reason):
-        known = [path for package, base in PLUGINS.values() for path, _ in classes(package, base)]
+        plugins = [("dlm_lightning.recipes", "Recipe"), *PLUGINS.values()]
+        known = [path for package, base in plugins for path, _ in classes(package, base)]
         meant = nearest(match[1], [_last(path) for path in known])
         full = next((path for path in known if meant.endswith(f" {_last(path)}?")), "")
         return f"{key}.class_path: {match[1]} is not a full class path" + (f"; did you mean {full}?" if full else "")
@@ -61,13 +68,18 @@ def check_overrides(words: Sequence[str], config: Any) -> None:
 
 
 def _key(text: str) -> str:
-    match = re.match(r'Parser key "([^"]+)":', text)
-    return match[1] if match else ""
+    key = ""
+    for part in re.findall(r'Parser key "([^"]+)":', text.rsplit("Errors: - ", 1)[0]):  # one per level
+        key = f"{key}.{part}" if key and part != key and not part.startswith(f"{key}.") else part
+    return key
 
 
 def _readable(key: str, reason: str) -> str:
     reason = _TYPE.sub(lambda match: match[1] or "", reason)
     reason = re.sub(r"Expected an? (.+?)\.? Got value: (.*)", r"expected \1, got \2", reason)
+    reason = re.sub(r"NestedArg\(key='(.+?)', .*\)", r"a key \1", reason)
+    reason = re.sub(r"Unable to load config (.*)", r"expected keys and values, got \1", reason)
+    reason = re.sub(r"^Expected an? ", "expected ", reason).replace(" - Expected a ", " or ")
     return f"{key}: {reason}" if key and not reason.startswith(key) else reason
 
 
@@ -75,9 +87,11 @@ def _unknown(key: str) -> str:
     from lightning.pytorch import Trainer
 
     section, _, rest = key.partition(".")
-    known = [f"trainer.{name}" for name in inspect.signature(Trainer).parameters]
+    if section == "trainer" and rest:
+        meant = nearest(rest, inspect.signature(Trainer).parameters)
+        return f"there is no key {key}{meant.replace('mean ', 'mean trainer.')}"
     if section in SECTIONS or not rest:
-        return f"there is no key {key}{nearest(key, [*known, *SECTIONS, 'run', 'ckpt_path'])}"
+        return f"there is no key {key}{nearest(key, [*SECTIONS, 'run', 'ckpt_path'])}"
     meant = nearest(section, SECTIONS)
     return f"there is no key {key}{meant.removesuffix('?')}.{rest}?" if meant else f"there is no key {key}"
 

@@ -34,7 +34,7 @@ class MetricsCSV(CSVLogger):
 
     @property
     def experiment(self) -> Any:
-        if self._experiment is None and rank_zero_only.rank == 0:
+        if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
             writer = super().experiment
             writer.metrics = [{k: v for k, v in row.items() if v != ""} for row in self._earlier]
             if writer.metrics:

@@ -49,6 +49,8 @@ class Recipe(L.LightningModule):
         betas: AdamW's.
     """
 
+    denoiser: Denoiser
+    trainer: Any  # a Trainer whose datamodule is a TokenData
     maskings: ClassVar[tuple[str, ...]] = ("bernoulli", "exact", "exact_round", "tilted")
 
     def __init__(
@@ -86,7 +88,8 @@ class Recipe(L.LightningModule):
         self.noise, self.ar_weight = noise, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
-        self.metrics = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
+        self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
+        self.validated_step = -1
         self._tally: Tensor | None = None
 
     # What a recipe decides
@@ -162,6 +165,7 @@ class Recipe(L.LightningModule):
         self.metrics[name].update(total / count.clamp(min=1), weight=count)
 
     def on_validation_epoch_end(self) -> None:
+        self.validated_step = self.trainer.global_step
         for name, metric in self.metrics.items():
             if metric.update_called:
                 self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo")
@@ -187,7 +191,7 @@ class Recipe(L.LightningModule):
     @cached_property
     def model_config(self) -> Any:
         """The network's config, its vocabulary large enough for the tokenizer and the mask token."""
-        config = self.source.config if self.source else build_config(self.config_values)
+        config = self.source.config if self.source else build_config(self.config_values or {})
         if not self.source:
             config.vocab_size = len(self.tokenizer) + 1
             config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
@@ -227,7 +231,7 @@ class Recipe(L.LightningModule):
         ids = self.tokenizer.get_vocab().values()
         return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate)
 
-    def configure_optimizers(self) -> dict[str, Any]:
+    def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over `trainer.max_steps`."""
         matrices = [p for p in self.denoiser.parameters() if p.ndim > 1]
         vectors = [p for p in self.denoiser.parameters() if p.ndim <= 1]

@@ -26,7 +26,9 @@ def show(name: str, overrides: Sequence[str], out: str | None) -> str:
     found = catalog.find(name)
     config = catalog.compose(found.path)
     catalog.make_importable(found)
-    if "block_size" in config["model"].get("init_args", {}) and not any("block_size" in word for word in overrides):
+    if "block_size" in config.get("model", {}).get("init_args", {}) and not any(
+        "block_size" in word for word in overrides
+    ):
         overrides = [*overrides, f"model.block_size={BLOCK}"]
     recipe = parse(config, overrides, PLACEHOLDER).model
     view = example(recipe)
@@ -61,8 +63,8 @@ def characters(view: View, sees_SS: Tensor) -> str:
     noisy_S = (view.copy_BS[0] > 0).tolist()
     lines = ["rows attend to columns; ' marks a noisy copy, · a masked token", ""]
     for query, name in enumerate(names):
-        cells = ("▓▓" if noisy_S[key] else "██" if sees_SS[query, key] else "" for key in range(len(names)))
-        cells = ["  " if not sees_SS[query, key] else cell for key, cell in enumerate(cells)]
+        shades = ("▓▓" if noisy else "██" for noisy in noisy_S)
+        cells = (shade if sees else "  " for shade, sees in zip(shades, sees_SS[query].tolist(), strict=True))
         lines.append(f"{name:>6} │{''.join(cells)}│")
     return "\n".join(lines)
 

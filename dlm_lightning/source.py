@@ -11,7 +11,7 @@ import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import safe_open
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
@@ -136,12 +136,8 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
     if rows != config.vocab_size:
         old = config.vocab_size
         network.resize_token_embeddings(rows, mean_resizing=False)
-        for layer in unique([network.get_input_embeddings(), network.get_output_embeddings()], by="weight"):
-            with torch.no_grad():
-                layer.weight[old:] = layer.weight[:old].mean(0)
+        ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+        with torch.no_grad():
+            for weight in {id(layer.weight): layer.weight for layer in ends}.values():  # one, if they are tied
+                weight[old:] = weight[:old].mean(0)
     return network.train()
-
-
-def unique(modules: list[nn.Module], by: str) -> list[nn.Module]:
-    """The modules without those that share the named parameter with an earlier one (tied embeddings)."""
-    return list({id(getattr(module, by)): module for module in reversed(modules)}.values())

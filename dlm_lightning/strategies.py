@@ -6,10 +6,11 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+from transformers import PreTrainedModel
 
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source
@@ -38,7 +39,8 @@ class FSDP2(ModelParallelStrategy):
         With a source the parameters are on the meta device; without one they are real, and equal on all ranks.
         """
         mesh = self.device_mesh["data_parallel"]
-        for layer in denoiser.network.base_model.layers:
+        layers: Any = denoiser.network.base_model.layers
+        for layer in layers:
             fully_shard(layer, mesh=mesh)
         fully_shard(denoiser, mesh=mesh)
         if source is not None:
@@ -47,7 +49,7 @@ class FSDP2(ModelParallelStrategy):
 
 
 @torch.no_grad()
-def fill(network: nn.Module, source: Source) -> None:
+def fill(network: PreTrainedModel, source: Source) -> None:
     """Copy each local shard from the source; rows that it lacks (an added mask token) hold the mean of its rows.
 
     Buffers that are in no file (rotary frequencies) are computed anew, and tied weights are tied again.
@@ -57,7 +59,8 @@ def fill(network: nn.Module, source: Source) -> None:
             network._init_weights(module)
     network.tie_weights()
     for name, parameter in network.named_parameters():
-        local, start = parameter, 0
+        local: Tensor = parameter
+        start = 0
         if isinstance(parameter, DTensor):
             _, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements

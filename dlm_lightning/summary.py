@@ -1,4 +1,4 @@
-"""`dlm summary`: what a run did, as tables: likelihood before and after, drift, a continuation, and where things lie."""
+"""`dlm summary`: what a run did, as tables: likelihood before and after, drift, a continuation, where things lie."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from dlm_lightning import checkpoint, runs
-from dlm_lightning.decode.blockwise import Decoded, decode
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
+from dlm_lightning.decode.blockwise import Decoded, decode
 from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
 from dlm_lightning.training import quiet, reopen
@@ -80,7 +80,8 @@ def filling(recipe: Recipe) -> Text:
 
 
 def _canvas(recipe: Recipe, decoded: Decoded, forward: int) -> str:
-    text, known = "", []
+    text = ""
+    known: list[int] = []
     for token in decoded.canvases[forward]:
         if token == recipe.mask_id:
             text, known = text + recipe.tokenizer.decode(known) + MASKED, []

@@ -32,7 +32,7 @@ def quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     disable_progress_bar()
     ours = logging.getLogger("dlm_lightning")
-    ours.setLevel(logging.INFO if rank_zero_only.rank == 0 else logging.WARNING)
+    ours.setLevel(logging.INFO if getattr(rank_zero_only, "rank", 0) == 0 else logging.WARNING)
     ours.handlers = [logging.StreamHandler(sys.stdout)]
 
 
@@ -135,6 +135,8 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
     cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
     if cli.trainer.interrupted:
         raise KeyboardInterrupt
+    if cli.model.validated_step < cli.trainer.global_step:
+        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
 
 
 def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:

@@ -12,6 +12,9 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+Structure = Literal["full", "causal"]
+STRUCTURES: dict[int | None, Structure] = {None: "full", 1: "causal"}  # of one copy, by its block size
+
 
 class Batch(NamedTuple):
     """Rows of packed documents and the raw uniforms that will become their noise.
@@ -51,7 +54,7 @@ class View:
     order_BS: Tensor
     copy_BS: Tensor
     document_BS: Tensor
-    structure: Literal["full", "causal"] | None = None
+    structure: Structure | None = None
 
     @property
     def coordinates(self) -> tuple[Tensor, ...]:
@@ -60,14 +63,17 @@ class View:
 
     def __getitem__(self, index: tuple) -> View:
         """The same index applied to all tensors, as in `view[:, :, None]`."""
-        return View(*(tensor[index] for tensor in self.coordinates))
+        ids, position, rank, order, copy, document = (tensor[index] for tensor in self.coordinates)
+        return View(ids, position, rank, order, copy, document)
 
     @staticmethod
     def beside(views: Sequence[View]) -> View:
         """Views laid side by side along S; a single view is returned as it is."""
         if len(views) == 1:
             return views[0]
-        return View(*(torch.cat(tensors, dim=1) for tensors in zip(*(v.coordinates for v in views), strict=True)))
+        columns = (torch.cat(tensors, dim=1) for tensors in zip(*(v.coordinates for v in views), strict=True))
+        ids, position, rank, order, copy, document = columns
+        return View(ids, position, rank, order, copy, document)
 
 
 def sees(q: View, k: View) -> Tensor:
@@ -110,6 +116,7 @@ def predictors(view: View, mask_id: int, shift: str, first_token: str = "clean")
     decoding has; `first_token: noisy` takes the predecessor in its own copy instead (the public Fast-dLLM v2 code).
     """
     own_BS = torch.arange(view.ids_BS.shape[1], device=view.ids_BS.device).expand_as(view.ids_BS)
+
     def key(copy_BS: Tensor, position_BS: Tensor) -> Tensor:
         copies = 1 + view.copy_BS.max()
         return ((view.document_BS * copies + copy_BS) << 40) + position_BS
@@ -200,7 +207,7 @@ class Pattern:
     def _copy(batch: Batch, ids_BL: Tensor, copy: int, block_size: int | None) -> View:
         rank_BL = block_start(batch.position_BL, block_size)
         order_BL = torch.zeros_like(ids_BL)
-        structure = {None: "full", 1: "causal"}.get(block_size)
+        structure = STRUCTURES.get(block_size)
         copy_BL = torch.full_like(ids_BL, copy)
         return View(ids_BL, batch.position_BL, rank_BL, order_BL, copy_BL, batch.document_BL, structure)
 

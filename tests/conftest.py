@@ -345,6 +345,13 @@ def small(source_folder: Callable[..., Path], corpus: Path) -> Callable[..., lis
 @pytest.fixture
 def finished(typed: Callable[..., Said], small: Callable[..., list[str]], tmp_path: Path) -> Path:
     """A finished run of `block_causal`, 6 steps, with its last checkpoint, in `<tmp_path>/done`."""
-    said = typed("fit", "block_causal", *small(trainer__callbacks="[{class_path: dlm_lightning.checkpoint.Checkpoints}]"), "--run", "done", cwd=tmp_path)
+    said = typed(
+        "fit",
+        "block_causal",
+        *small(trainer__callbacks="[{class_path: dlm_lightning.checkpoint.Checkpoints}]"),
+        "--run",
+        "done",
+        cwd=tmp_path,
+    )
     assert said.code == 0, said.err
     return tmp_path / "done"

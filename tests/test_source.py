@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from dlm_lightning.source import Source, build, build_config, locate, unique
+from dlm_lightning.source import Source, build, build_config, locate
 
 INDEX = "model.safetensors.index.json"
 
@@ -72,7 +72,9 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_the_place(either, tmp_path
     assert Source(str(copy)).fingerprint() == Source(str(either)).fingerprint()
 
 
-@pytest.mark.parametrize("name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_norm.weight"])
+@pytest.mark.parametrize(
+    "name", ["model.embed_tokens.weight", "lm_head.weight", "model.layers.1.self_attn.q_norm.weight"]
+)
 def test_the_fingerprint_changes_with_one_weight(name, folder):
     before = Source(str(folder)).fingerprint()
     tensors = load_file(folder / "model.safetensors")
@@ -207,9 +209,3 @@ def test_an_unknown_model_type_is_named(values, kind):
 
 def test_build_config_takes_its_keys():
     assert build_config({"model_type": "qwen3", "hidden_size": 48}).hidden_size == 48
-
-
-def test_unique_keeps_the_first_of_those_that_share_a_parameter():
-    a, b, c = (torch.nn.Linear(2, 2) for _ in range(3))
-    b.weight = a.weight
-    assert set(unique([a, b, c], by="weight")) == {a, c}

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,7 +40,8 @@ class Plan:
         half = torch.bfloat16 if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
         flat = [x.transpose(1, 2).flatten(0, 1).to(half) for x in (q_BHSD, k_BGSD, v_BGSD)]
         runs = (self.starts, self.starts, self.longest, self.longest)
-        out = kernel()(*flat, *runs, softmax_scale=scaling, causal=self.causal)
+        attend: Any = kernel()
+        out = attend(*flat, *runs, softmax_scale=scaling, causal=self.causal)
         return out.view(B, S, *out.shape[1:]).to(q_BHSD.dtype)
 
 

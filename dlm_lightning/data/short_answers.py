@@ -58,7 +58,7 @@ class ShortAnswers(TokenData):
 
     def texts(self, split: Split) -> Iterator[tuple[str, str]]:
         """Distinct (prompt, answer) pairs, drawn by a generator of their own; each eleventh is for validation."""
-        rng, seen = random.Random(0), set()
+        rng, seen = random.Random(0), set[str]()
         while len(seen) < self.samples + self.samples // 10:
             task = rng.choice(self.tasks)
             question, answer = TASKS[task](rng)

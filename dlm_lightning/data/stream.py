@@ -21,7 +21,7 @@ class Draw(NamedTuple):
 
     epoch: int
     place: int
-    index: int
+    index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls on a draw
 
 
 class TrainStream:
@@ -90,4 +90,5 @@ def collate(samples: list[tuple[Any, ...]]) -> Batch:
     ids, position, document, maskable, u, t, place = zip(*samples, strict=True)
     integers = [torch.from_numpy(np.stack(column)).long() for column in (ids, position, document)]
     masks = torch.from_numpy(np.stack(maskable)).bool()
-    return Batch(*integers, masks, torch.stack(u), torch.stack(t), torch.tensor(place))
+    ids_BL, position_BL, document_BL = integers
+    return Batch(ids_BL, position_BL, document_BL, masks, torch.stack(u), torch.stack(t), torch.tensor(place))

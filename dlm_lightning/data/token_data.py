@@ -43,6 +43,7 @@ class TokenData(L.LightningDataModule):
     """
 
     splits_documents: ClassVar[bool] = True
+    trainer: Any  # there whenever Lightning calls; its own annotation says optional
 
     def __init__(
         self,

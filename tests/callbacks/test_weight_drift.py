@@ -4,16 +4,16 @@ import lightning as L
 import pyarrow.parquet as pq
 import pytest
 import torch
-from dlm_lightning.callbacks.weight_drift import SCHEMA, WeightDrift, last
-from dlm_lightning.recipes.ar_source import ArSource
-from dlm_lightning.recipes.block_causal import BlockCausal
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from dlm_lightning.callbacks.weight_drift import SCHEMA, WeightDrift, last
 from dlm_lightning.data.text_files import TextFiles
 from dlm_lightning.data.tokenizer import trained_tokenizer
 from dlm_lightning.drift import by_group, measure
+from dlm_lightning.recipes.ar_source import ArSource
+from dlm_lightning.recipes.block_causal import BlockCausal
 
 CONFIG = dict(
     model_type="qwen3",

@@ -1,0 +1,109 @@
+"""Is conversion real? Each pattern at the demo's budget, from the AR source and from random weights, over seeds.
+
+    python benchmarks/conversion.py --seeds 3            # needs runs/ar_source (make demo); finished runs are kept
+    python benchmarks/conversion.py --table-only         # only write docs/results/conversion.md from what is there
+
+Runs one after the other, so that each has the machine to itself; a run that is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from dlm_lightning.callbacks.weight_drift import last
+
+ROOT = Path(__file__).parents[1]
+RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
+ATTENTION, FFN = ("q", "k", "v", "o"), ("gate", "up", "down")
+RUNS = Path("runs/conversion")
+OUT = ROOT / "docs" / "results" / "conversion.md"
+
+
+def folder(recipe: str, pretrained: bool, seed: int) -> Path:
+    """Where a run of this benchmark lies."""
+    return RUNS / f"{recipe}-{'source' if pretrained else 'random'}-{seed}"
+
+
+def fit(recipe: str, pretrained: bool, seed: int) -> None:
+    """Run a recipe as it is, with its seed and its start; continues a run that was cut off."""
+    run = folder(recipe, pretrained, seed)
+    if (run / "checkpoints").is_dir() and any(float(row["step"]) > 0 for row in validations(run)[1:2]) and done(run):
+        return
+    dlm = [sys.executable, "-m", "dlm_lightning.cli"]
+    start = [f"seed_everything={seed}", f"data.seed={seed}", f"model.pretrained={str(pretrained).lower()}"]
+    words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *start, "--run", str(run)]
+    subprocess.run([*dlm, *words], check=True)
+
+
+def done(run: Path) -> bool:
+    """Whether a run has made its last step."""
+    from yaml import safe_load
+
+    steps = safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"]
+    return (run / "checkpoints" / f"step={steps}.ckpt").exists()
+
+
+def validations(run: Path) -> list[dict[str, str]]:
+    """The rows of metrics.csv that hold a validation."""
+    if not (run / "metrics.csv").is_file():
+        return []
+    with (run / "metrics.csv").open(newline="") as file:
+        return [row for row in csv.DictReader(file) if row.get("val/nelbo")]
+
+
+def spread(values: list[float], digits: int = 2) -> str:
+    """Mean and range over seeds."""
+    if not values:
+        return "not measured"
+    mean = statistics.fmean(values)
+    return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
+
+
+def table(seeds: int) -> str:
+    """The Markdown table of all runs that are finished."""
+    lines = [
+        "| recipe | start | NELBO before | NELBO after | next-token NLL after | mean abs ΔW attention | FFN | seeds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for recipe in RECIPES:
+        for pretrained in (True, False):
+            runs = [folder(recipe, pretrained, seed) for seed in range(seeds)]
+            runs = [run for run in runs if validations(run) and done(run)]
+            before, after, ar, attention, ffn = [], [], [], [], []
+            for run in runs:
+                rows = validations(run)
+                before.append(float(rows[0]["val/nelbo"]))
+                after.append(float(rows[-1]["val/nelbo"]))
+                ar.append(float(rows[-1]["val/ar_nll"]))
+                groups = last(run / "drift" / "drift.parquet")[1]
+                attention.append(statistics.fmean(groups[name]["mean_abs"] for name in ATTENTION))
+                ffn.append(statistics.fmean(groups[name]["mean_abs"] for name in FFN))
+            cells = [spread(before), spread(after), spread(ar), spread(attention, 4), spread(ffn, 4), str(len(runs))]
+            lines.append(f"| `{recipe}` | {'the AR source' if pretrained else 'random'} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--table-only", action="store_true")
+    args = parser.parse_args()
+    if not args.table_only:
+        for seed in range(args.seeds):
+            for recipe in RECIPES:
+                for pretrained in (True, False):
+                    fit(recipe, pretrained, seed)
+    text = OUT.read_text() if OUT.is_file() else "<!-- table -->\n<!-- end -->\n"
+    before, rest = text.split("<!-- table -->")
+    after = rest.split("<!-- end -->")[1]
+    OUT.write_text(f"{before}<!-- table -->\n{table(args.seeds)}\n<!-- end -->{after}")
+    print(table(args.seeds))
+
+
+if __name__ == "__main__":
+    main()
