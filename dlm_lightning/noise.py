@@ -45,7 +45,7 @@ def uniforms(seed: int, stream: int, place: int, epoch: int, view: int, length: 
 
 
 class Masked(NamedTuple):
-    """One noisy copy: which tokens are masked (bool [B, L]) and the weight of each in the loss (float32, 0 elsewhere)."""
+    """One noisy copy: which tokens are masked (bool [B, L]) and what each weighs in the loss (float32, 0 elsewhere)."""
 
     mask_BL: Tensor
     weight_BL: Tensor

@@ -245,7 +245,7 @@ def test_a_run_whose_configuration_was_changed_refuses_its_checkpoint(finished, 
     config["model"]["init_args"]["block_size"] = 8
     config["trainer"]["max_steps"] = 9
     path.write_text(yaml.safe_dump(config))
-    kept = {name: (finished / name).read_bytes() for name in ("metrics.csv", "checkpoints/step=6.ckpt", "config.yaml")}
+    kept = {name: (finished / name).read_bytes() for name in ("checkpoints/step=6.ckpt", "config.yaml", "origin.json")}
     said = typed("resume", "done", cwd=tmp_path)
     assert (said.code, said.err) == (1, "dlm: the checkpoint was made with model.block_size 16, this run has 8\n")
     assert kept == {name: (finished / name).read_bytes() for name in kept}
