@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
-from dlm_lightning import __version__, catalog
+from dlm_lightning import __version__, catalog, runs
 from dlm_lightning.errors import sentence
 
 FIT_HELP = """
@@ -101,7 +101,7 @@ def _fit(argv: list[str]) -> int:
 
 def _report(run: Path) -> int:
     """The run's path as the last line of stdout, once however many processes there are."""
-    if not any(os.environ.get(rank, "0") != "0" for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID")):
+    if runs.is_first_process():
         print(f"run: {run}")
     return 0
 

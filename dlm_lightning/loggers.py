@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import csv
+import os
 from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.loggers import CSVLogger
+from lightning.pytorch.loggers.csv_logs import ExperimentWriter
 from lightning.pytorch.utilities import rank_zero_only
+
+
+class _Writer(ExperimentWriter):
+    def _check_log_dir_exists(self) -> None:
+        """Lightning's own writer deletes the file of an earlier segment here."""
 
 
 class MetricsCSV(CSVLogger):
     """`metrics.csv` in the run folder: one row per logged step, continued by a resume where the checkpoint stood.
-
-    Lightning's own logger deletes the file when a run is continued.
 
     Args:
         save_dir: the run folder.
@@ -22,21 +27,35 @@ class MetricsCSV(CSVLogger):
 
     def __init__(self, save_dir: str, flush_logs_every_n_steps: int = 20) -> None:
         super().__init__(save_dir, name="", version="", flush_logs_every_n_steps=flush_logs_every_n_steps)
-        self._earlier: list[dict[str, Any]] = []
+        self._steps: int | None = 0
 
-    @rank_zero_only
     def keep(self, steps: int) -> None:
-        """Carry over the rows of the file that lie before `steps`; later ones will be logged again."""
-        path = Path(self.save_dir) / "metrics.csv"
-        if path.is_file():
-            with path.open(newline="") as file:
-                self._earlier = [row for row in csv.DictReader(file) if int(row["step"]) < steps]
+        """Drop rows at and after `steps` once the first new one is logged; until then, a refusal loses nothing."""
+        self._steps = steps
 
     @property
     def experiment(self) -> Any:
         if self._experiment is None and getattr(rank_zero_only, "rank", 0) == 0:
-            writer = super().experiment
-            writer.metrics = [{k: v for k, v in row.items() if v != ""} for row in self._earlier]
-            if writer.metrics:
-                writer.save()
+            os.makedirs(self.root_dir, exist_ok=True)
+            self._experiment = _Writer(log_dir=self.log_dir)
         return super().experiment
+
+    @rank_zero_only
+    def log_metrics(self, metrics: dict[str, Any], step: int | None = None) -> None:
+        path = Path(self.save_dir) / "metrics.csv"
+        if self._steps is not None and path.is_file():
+            with path.open(newline="") as file:
+                reader = csv.DictReader(file)
+                names = list(reader.fieldnames or [])
+                rows = [row for row in reader if int(row["step"]) < self._steps]
+            self.experiment.metrics_keys = names if rows else []
+            beside = path.with_suffix(".partial")
+            with beside.open("w", newline="") as file:
+                writer = csv.DictWriter(file, names)
+                writer.writeheader()
+                writer.writerows(rows)
+            os.replace(beside, path)
+            if not rows:
+                path.unlink()
+        self._steps = None
+        super().log_metrics(metrics, step)

@@ -12,10 +12,23 @@ CONFIG, ORIGIN, METRICS = "config.yaml", "origin.json", "metrics.csv"
 RUN_VARIABLE = "DLM_RUN"  # hands the folder to the processes that Lightning starts for the other local ranks
 
 
+def is_first_process() -> bool:
+    """Whether this process is rank 0, as far as a launcher's environment says."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
+
+
 def create(recipe: str, folder: str | None) -> Path:
-    """Make a new run folder, `runs/<recipe>/<number>` unless named; refuses one that already holds something."""
+    """Make a new run folder, `runs/<recipe>/<number>` unless named; refuses one that already holds something.
+
+    The other ranks take the first one's: from the environment where Lightning starts them, by name under a launcher
+    such as torchrun, where no process is the parent of all.
+    """
     if RUN_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RUN_VARIABLE])
+    if folder is None and "LOCAL_RANK" in os.environ:
+        raise ValueError("name the run folder by --run DIR: the ranks that a launcher starts must agree on it")
+    if folder is not None and not is_first_process():
+        return Path(folder).expanduser().resolve()
     if folder is None:
         parent = Path("runs") / recipe
         parent.mkdir(parents=True, exist_ok=True)
@@ -37,8 +50,8 @@ def create(recipe: str, folder: str | None) -> Path:
 
 
 def discard(run: Path) -> None:
-    """Remove the folder of a run that never began; one that holds a config is kept."""
-    if not (run / CONFIG).exists():
+    """Remove the folder of a run that never began; one with metrics or a checkpoint is kept."""
+    if not (run / METRICS).exists() and not any((run / "checkpoints").glob("*")):
         shutil.rmtree(run, ignore_errors=True)
 
 

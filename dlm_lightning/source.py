@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
@@ -59,14 +59,17 @@ class Source:
     def __init__(self, source: str) -> None:
         self.folder = locate(source)
         index = self.folder / SAFE_WEIGHTS_INDEX_NAME
-        if index.is_file():
-            self._file_of = json.loads(index.read_text())["weight_map"]
-        else:
-            with safe_open(self.folder / SAFE_WEIGHTS_NAME, "pt") as file:
-                self._file_of = dict.fromkeys(file.keys(), SAFE_WEIGHTS_NAME)
-        missing = {name for name in self._file_of.values() if not (self.folder / name).is_file()}
-        if missing:
-            raise FileNotFoundError(f"model.source: {self.folder} lacks {', '.join(sorted(missing))}")
+        named = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        self._file_of: dict[str, str] = {}
+        files = sorted(set(named.values()) or {SAFE_WEIGHTS_NAME})
+        if missing := [file_name for file_name in files if not (self.folder / file_name).is_file()]:
+            raise FileNotFoundError(f"model.source: {self.folder} lacks {', '.join(missing)}")
+        for file_name in files:
+            try:
+                with safe_open(self.folder / file_name, "pt") as file:
+                    self._file_of |= dict.fromkeys(file.keys(), file_name)
+            except SafetensorError as error:
+                raise ValueError(f"model.source: {self.folder / file_name} is damaged: {error}") from error
 
     @property
     def config(self) -> PretrainedConfig:
@@ -74,7 +77,9 @@ class Source:
         return AutoConfig.from_pretrained(self.folder)
 
     def tokenizer(self):
-        """The source's tokenizer."""
+        """The source's tokenizer; FileNotFoundError if the folder has none (transformers would make an empty one)."""
+        if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
+            raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
         return AutoTokenizer.from_pretrained(self.folder)
 
     def fingerprint(self) -> str:

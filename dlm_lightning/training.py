@@ -20,6 +20,7 @@ from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (
 from dlm_lightning.errors import check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
+from dlm_lightning.source import locate
 
 log = logging.getLogger(__name__)
 PLACEHOLDER = "runs/RECIPE/NUMBER"
@@ -41,6 +42,8 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
 
     `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
     """
+    if any("trainer.default_root_dir" in word for word in overrides):
+        raise ValueError("trainer.default_root_dir is the run folder; name it by --run DIR")
     options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
     cli = LightningCLI(
         Recipe,
@@ -48,10 +51,10 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         subclass_mode_model=True,
         subclass_mode_data=True,
         run=False,
-        args=[f"--config={yaml.safe_dump(config, sort_keys=False)}", *options, f"--trainer.default_root_dir={run}"],
+        args=[f"--config={yaml.safe_dump(config, sort_keys=False)}", f"--trainer.default_root_dir={run}", *options],
         auto_configure_optimizers=False,
         save_config_callback=None,
-        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False},
+        parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False, "prog": "dlm fit"},
     )
     check_overrides(options, cli.config)
     return cli
@@ -67,21 +70,31 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
         word.endswith(".help") for word in overrides
     ):
         parse(config, overrides, PLACEHOLDER)  # prints and exits
-    start = _known(Path(ckpt_path)) if ckpt_path else None
+    start = Path(ckpt_path) if ckpt_path else None
+    if start:
+        checkpoint.read(start)
     run = runs.create(found.name, folder)
     try:
         cli = parse(config, overrides, run)
-        (run / "checkpoints").mkdir(exist_ok=True)
-        (run / "drift").mkdir(exist_ok=True)
-        runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
-        cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
+        if runs.is_first_process():
+            (run / "checkpoints").mkdir(exist_ok=True)
+            (run / "drift").mkdir(exist_ok=True)
+            runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
+            _pin_source(cli.config)
+            cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
     except BaseException:
-        if not any((run / "checkpoints").glob("*")) and not (run / runs.METRICS).exists():
-            (run / runs.CONFIG).unlink(missing_ok=True)
+        if runs.is_first_process():
             runs.discard(run)
         raise
     return run
+
+
+def _pin_source(config: Any) -> None:
+    """Name the very folder that a local source was found in: `runs/ar_source` may mean another one tomorrow."""
+    source = config.model.init_args.get("source")
+    if source and Path(source).expanduser().is_dir():
+        config.model.init_args.source = str(locate(source).resolve())
 
 
 def resume(folder: str) -> Path:
@@ -121,11 +134,6 @@ def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
     text = (run / runs.CONFIG).read_text()
     then = yaml.safe_load(text)["trainer"]["default_root_dir"]
     return run, parse(yaml.safe_load(text.replace(then, str(run))), overrides, run)
-
-
-def _known(path: Path) -> Path:
-    checkpoint.read(path)
-    return path
 
 
 def _train(cli: LightningCLI, start: Path | None) -> None:

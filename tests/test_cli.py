@@ -71,7 +71,6 @@ def test_help_on_a_recipe(words, typed, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.xfail(strict=True, reason="training.parse appends --trainer.default_root_dir, which this help refuses")
 @pytest.mark.parametrize(
     ("words", "says"),
     [

@@ -65,7 +65,8 @@ def test_the_processes_of_other_local_ranks_use_the_parents_folder(tmp_path, mon
 
 def test_a_run_that_began_is_not_discarded():
     begun, not_begun = runs.create("a", None), runs.create("a", None)
-    (begun / runs.CONFIG).touch()
+    (begun / runs.METRICS).touch()
+    (not_begun / runs.CONFIG).touch()
     (not_begun / "drift").mkdir()
     runs.discard(begun)
     runs.discard(not_begun)

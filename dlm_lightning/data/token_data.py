@@ -85,6 +85,8 @@ class TokenData(L.LightningDataModule):
         """Open the packed rows and count the training tokens; refuses a mask token that occurs in the data."""
         if self.rows:
             return
+        if self.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
         self.rows = {split: self._packed(split) for split in ("train", "val")}
         self.counts_V = self._count_tokens()
         mask_id = self.trainer.lightning_module.mask_id
@@ -109,8 +111,6 @@ class TokenData(L.LightningDataModule):
     def train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank, from the step at which the trainer stands."""
         trainer = self.trainer
-        if trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
         per_step = trainer.accumulate_grad_batches
         stream = TrainStream(
             rows=len(self.rows["train"]),

@@ -280,7 +280,7 @@ def test_val_rows_bounds_what_is_validated(given, ready, val_rows, seen):
 
 def test_a_run_without_an_end_is_refused(given, ready):
     with pytest.raises(ValueError, match=r"trainer.max_steps must be set"):
-        ready(given(TRAIN), max_steps=-1).train_dataloader()
+        ready(given(TRAIN), max_steps=-1)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
