@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import re
 import shutil
 from pathlib import Path
 
@@ -156,26 +157,8 @@ def test_bf16_mixed_trains_close_to_float32(dlm, small, tmp_path):
     assert losses(tmp_path / "half") != losses(tmp_path / "full")
 
 
-STRIDED = '''
-from dlm_lightning.module import Recipe
-from dlm_lightning.view import Pattern, View
-
-
-class Strided(Recipe):
-    """Sees only tokens of its own parity.
-
-    Args:
-        stride: how many tokens apart neighbours are.
-        **options: see `Recipe`.
-    """
-
-    def __init__(self, stride: int = 2, **options) -> None:
-        super().__init__(Pattern(block_size=None), **options)
-        self.stride = stride
-
-    def predicate(self, q: View, k: View):
-        return (q.document_BS == k.document_BS) & (q.position_BS % self.stride == k.position_BS % self.stride)
-'''
+DOCS = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+STRIDED = re.search(r"```python\n# strided.py\n(.*?)```", DOCS, re.S)[1]  # the documents' own example
 
 
 def test_a_recipe_in_a_folder_of_its_own_runs_and_resumes(dlm, small, tmp_path):

@@ -1,0 +1,53 @@
+"""Documents say what is there: the tree names every file, links lead somewhere, recipes and keys in commands exist."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from dlm_lightning import catalog
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FILES = [
+    path.relative_to(ROOT)
+    for folder in ("dlm_lightning", "recipes", "callbacks", "configs", "benchmarks")
+    for path in sorted((ROOT / folder).rglob("*"))
+    if path.suffix in (".py", ".yaml") and path.name != "__init__.py"
+    if not any((ROOT / parent).is_symlink() for parent in path.relative_to(ROOT).parents)
+]
+
+
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_the_tree_names_every_file(path):
+    tree = README.split("## The tree")[1]
+    assert path.name in tree or f"{path.stem}.yaml .py" in tree
+
+
+def test_the_tree_names_no_file_that_is_not_there():
+    tree = README.split("## The tree")[1].split("##")[0]
+    names = {path.name for path in FILES} | {path.name for path in (ROOT / "docs").rglob("*")}
+    for name in re.findall(r"[\w/]+\.(?:py|yaml|md)\b", tree):
+        assert Path(name).name in names | {path.name for path in (ROOT / "tests").rglob("*.py")}, name
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_links_lead_somewhere(path):
+    for target in re.findall(r"\]\(([^)#]+)\)", path.read_text()):
+        assert target.startswith("http") or (path.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_recipes_and_keys_in_commands_exist(path):
+    for name, words in re.findall(r"dlm fit (\w+)((?: [^\n`]*)?)", path.read_text()):
+        if name in ("RECIPE", "path", "mine"):
+            continue
+        config = catalog.compose(catalog.find(name).path)
+        for key in re.findall(r"\b(model|data|trainer)\.(\w+)=", words):
+            section = config[key[0]]
+            if key[0] != "trainer" and key[1] not in section["init_args"]:
+                source = (ROOT / "dlm_lightning" / "data" / "text_files.py").read_text()
+                assert f"{key[1]}:" in source, key
