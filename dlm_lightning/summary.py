@@ -101,7 +101,7 @@ def places(run: Path) -> Table:
         "samples.txt": "continuations at each validation",
         "model": "the finished network as a Hugging Face folder",
     }
-    table = Table("in " + str(run), "", title="where everything lies", title_justify="left")
+    table = Table(title=f"where everything lies: {run}", title_justify="left", show_header=False)
     for name, about in contents.items():
         if (run / name).exists():
             table.add_row(name, about)
