@@ -1,18 +1,20 @@
 """Is conversion real? Each pattern at the demo's budget, from the AR source and from random weights, over seeds.
 
-    python benchmarks/conversion.py --seeds 3            # needs runs/ar_source (make demo); finished runs are kept
+    python benchmarks/conversion.py --seeds 3 --jobs 2   # needs runs/ar_source (make demo); finished runs are kept
     python benchmarks/conversion.py --table-only         # only write docs/results/conversion.md from what is there
 
-Runs one after the other, so that each has the machine to itself; a run that is there is not made again.
+A run that is finished is not made again, and one that was cut off is continued. Jobs share out the cores.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import os
 import statistics
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from dlm_lightning.callbacks.weight_drift import last
@@ -29,15 +31,15 @@ def folder(recipe: str, pretrained: bool, seed: int) -> Path:
     return RUNS / f"{recipe}-{'source' if pretrained else 'random'}-{seed}"
 
 
-def fit(recipe: str, pretrained: bool, seed: int) -> None:
+def fit(recipe: str, pretrained: bool, seed: int, threads: int) -> None:
     """Run a recipe as it is, with its seed and its start; continues a run that was cut off."""
     run = folder(recipe, pretrained, seed)
-    if (run / "checkpoints").is_dir() and any(float(row["step"]) > 0 for row in validations(run)[1:2]) and done(run):
+    if run.is_dir() and done(run):
         return
     dlm = [sys.executable, "-m", "dlm_lightning.cli"]
     start = [f"seed_everything={seed}", f"data.seed={seed}", f"model.pretrained={str(pretrained).lower()}"]
     words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *start, "--run", str(run)]
-    subprocess.run([*dlm, *words], check=True)
+    subprocess.run([*dlm, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
 def done(run: Path) -> bool:
@@ -91,13 +93,14 @@ def table(seeds: int) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table-only", action="store_true")
     args = parser.parse_args()
     if not args.table_only:
-        for seed in range(args.seeds):
-            for recipe in RECIPES:
-                for pretrained in (True, False):
-                    fit(recipe, pretrained, seed)
+        threads = max(1, (os.cpu_count() or 1) // args.jobs)
+        arms = [(recipe, start, seed) for seed in range(args.seeds) for recipe in RECIPES for start in (True, False)]
+        with ThreadPoolExecutor(args.jobs) as pool:
+            list(pool.map(lambda arm: fit(*arm, threads), arms))
     text = OUT.read_text() if OUT.is_file() else "<!-- table -->\n<!-- end -->\n"
     before, rest = text.split("<!-- table -->")
     after = rest.split("<!-- end -->")[1]
