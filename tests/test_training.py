@@ -76,7 +76,8 @@ def test_ar_source_trains_a_folder_that_transformers_loads_and_that_converts(dlm
     assert float(first["val/ar_nll"]) == pytest.approx(float(last["val/ar_nll"]), rel=1e-6)
 
 
-@pytest.mark.parametrize(("recipe", "accumulate"), [*((recipe, 1) for recipe in RECIPES), ("block_causal", 3)])
+@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_undisturbed_bitwise(recipe, accumulate, dlm, small, tmp_path):
     """The kill is a real one: SIGKILL from inside step 5, after the checkpoint of step 4."""
     checkpoints = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
@@ -114,10 +115,13 @@ def test_a_run_that_died_before_its_first_checkpoint_starts_again(dlm, small, tm
 
 
 @pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
-def test_two_ranks_give_the_losses_of_one(strategy, dlm, small, tmp_path):
-    dlm("fit", "complementary_mask", *small(), "--run", "one", cwd=tmp_path)
+@pytest.mark.parametrize(
+    "recipe", ["complementary_mask", *(pytest.param(r, marks=pytest.mark.slow) for r in RECIPES[:2])]
+)
+def test_two_ranks_give_the_losses_of_one(recipe, strategy, dlm, small, tmp_path):
+    dlm("fit", recipe, *small(), "--run", "one", cwd=tmp_path)
     two = small(data__batch_size=2, trainer__devices=2, trainer__strategy=strategy)
-    done = dlm("fit", "complementary_mask", *two, "--run", "two", cwd=tmp_path)
+    done = dlm("fit", recipe, *two, "--run", "two", cwd=tmp_path)
     assert done.stdout.count("run: ") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
     one, two = ([row for row in metrics(tmp_path / run) if row["val/nelbo"]] for run in ("one", "two"))
