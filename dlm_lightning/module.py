@@ -132,13 +132,14 @@ class Recipe(L.LightningModule):
         self._tally = tally if self._tally is None else self._tally + tally
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
+    @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
         """Divide gradients and loss by the number of maskable tokens of this step, over ranks and micro-batches."""
         total, count = self.trainer.strategy.reduce(self._tally, reduce_op="sum")
         self._tally = None
-        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
-        torch._foreach_div_([getattr(g, "_local_tensor", g) for g in gradients], count.clamp(min=1).item())
-        self.log("train/loss", total / count.clamp(min=1), prog_bar=True)
+        count = max(1.0, count.item())  # a number, because a DTensor divides by no plain tensor
+        torch._foreach_div_([p.grad for p in self.denoiser.parameters() if p.grad is not None], count)
+        self.log("train/loss", total / count, prog_bar=True)
 
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics.values():
@@ -154,8 +155,8 @@ class Recipe(L.LightningModule):
             nll_N = self.denoiser(view, scored.index_N, scored.target_N)
             self._mean("nelbo", weighted_sum(nll_N, scored.weight_N), tokens)
             self._mean("masked_ce", nll_N.sum(), torch.tensor(len(nll_N), device=nll_N.device))
-        scored = score(batch, AUTOREGRESSIVE.lay_out(batch, [], self.mask_id), [], ar_weight=1.0)
         view = AUTOREGRESSIVE.lay_out(batch, [], self.mask_id)
+        scored = score(batch, view, [], ar_weight=1.0)
         nll_N = self.denoiser(view, scored.index_N, scored.target_N)
         self._mean("ar_nll", nll_N.sum(), tokens)
         if not copies:  # an autoregressive model's likelihood is exact
