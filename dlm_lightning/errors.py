@@ -59,12 +59,11 @@ def check_overrides(words: Sequence[str], config: Any) -> None:
         section, *path = word.lstrip("-").partition("=")[0].split(".")
         if section not in ("model", "data") or len(path) < 2 or path[-1].endswith("+"):
             continue
-        found = config[section]
+        known = vars(config[section])
         for name in path if path[0] in ("class_path", "init_args") else ["init_args", *path]:
-            known = list(vars(found)) if hasattr(found, "__dict__") else found
-            if isinstance(known, (list, dict)) and name not in known and not isinstance(found, dict):
+            if known and name not in known:
                 raise ValueError(f"there is no key {section}.{'.'.join(path)}{nearest(name, known)}")
-            found = found.get(name) if isinstance(found, dict) else getattr(found, name, None)
+            known = getattr(known.get(name), "__dict__", {})  # none of a plain dict, which takes any key
 
 
 def _key(text: str) -> str:
