@@ -16,10 +16,11 @@ from dlm_lightning.source import SAVED_MODEL
 class SavePretrained(L.Callback):
     """Writes `<run>/model` when training ends; records no metric and holds no state.
 
-    The folder appears whole or not at all, and plain transformers loads it.
+    The folder appears whole or not at all, and plain transformers loads it. It is there before the last checkpoint is,
+    which Lightning's order of callbacks ensures: a run whose last checkpoint exists has its model.
     """
 
-    def on_fit_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+    def on_train_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(recipe.denoiser.network, options=options)
         if not trainer.is_global_zero or trainer.global_step < trainer.max_steps:

@@ -47,7 +47,7 @@ class MetricsCSV(CSVLogger):
             with path.open(newline="") as file:
                 reader = csv.DictReader(file)
                 names = list(reader.fieldnames or [])
-                rows = [row for row in reader if int(row["step"]) < self._steps]
+                rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < self._steps]
             self.experiment.metrics_keys = names if rows else []
             beside = path.with_suffix(".partial")
             with beside.open("w", newline="") as file:

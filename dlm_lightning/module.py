@@ -82,6 +82,8 @@ class Recipe(L.LightningModule):
             raise ValueError(f"model.ar_weight must be at least 0, not {ar_weight}")
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
+        if lr <= 0 or warmup_steps < 0:
+            raise ValueError(f"model.lr must be above 0 and model.warmup_steps at least 0, not {lr} and {warmup_steps}")
         self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
         self.mask_token, self.shift, self.first_token = mask_token, shift, first_token

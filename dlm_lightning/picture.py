@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlm_lightning import catalog
 from dlm_lightning.module import Recipe
-from dlm_lightning.training import PLACEHOLDER, parse, quiet
+from dlm_lightning.training import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.view import Batch, View, attention_mask
 
 LENGTH, BLOCK = 12, 4
@@ -30,7 +30,7 @@ def show(name: str, overrides: Sequence[str], out: str | None) -> str:
         "block_size" in word for word in overrides
     ):
         overrides = [*overrides, f"model.block_size={BLOCK}"]
-    recipe = parse(config, overrides, PLACEHOLDER).model
+    recipe = parse(config, [*overrides, *WITHOUT_DEVICES], PLACEHOLDER).model
     view = example(recipe)
     sees_SS = attention_mask(view, recipe.predicate)[0]
     path = Path(out or f"{found.name}.png")

@@ -12,7 +12,14 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig, PreTrainedModel
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+)
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
@@ -120,19 +127,32 @@ def build_config(values: dict[str, Any]) -> PretrainedConfig:
         raise ValueError(f"model.config: model_type {kind} is not one that transformers knows") from error
 
 
+def _check_supported(config: PretrainedConfig) -> None:
+    """Refuse what would train without an error and be wrong: attention out of reach, logits scaled out of sight."""
+    kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    if kind is None or not getattr(kind, "_supports_attention_backend", False):
+        raise ValueError(f"{config.model_type} has no causal model that uses transformers' attention interface")
+    if "linear_attention" in (getattr(config, "layer_types", None) or []):
+        raise ValueError(f"{config.model_type} has linear attention layers, which no attention mask reaches")
+    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
+        if getattr(config, key, None) not in (None, 1):
+            raise ValueError(f"{config.model_type} sets {key}, which is not supported")
+
+
 def build(config: PretrainedConfig, source: Source | None, attention: str, *, meta: bool = False) -> PreTrainedModel:
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
     Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
     embeddings (see `mean_row`).
     """
+    _check_supported(config)
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
     config.use_cache = False
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
     network = AutoModelForCausalLM.from_pretrained(

@@ -9,13 +9,15 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from transformers import AutoTokenizer
 
 from dlm_lightning import checkpoint, runs
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
 from dlm_lightning.decode.blockwise import Decoded, decode
 from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
-from dlm_lightning.training import quiet, reopen
+from dlm_lightning.source import locate
+from dlm_lightning.training import WITHOUT_DEVICES, quiet, reopen
 
 PROMPT = "def __init__(self, name, value):\n    "
 NEW_TOKENS = 32
@@ -30,11 +32,13 @@ MEANING = {
 def summarize(folder: str) -> None:
     """Print a run's tables; raises FileNotFoundError for a folder that is no run or has no checkpoint."""
     quiet()
-    run, cli = reopen(folder, "--trainer.logger=false")
+    run, cli = reopen(folder, *WITHOUT_DEVICES)
     path = checkpoint.newest(run)
     if path is None:
         raise FileNotFoundError(f"{folder} has no complete checkpoint to summarize")
     recipe: Recipe = cli.model
+    if recipe.source is None:  # the tokenizer is the data's, or by now the finished model's
+        recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)))
     recipe.configure_model()
     steps = checkpoint.load_weights(recipe, path)["global_step"]
     console = Console(highlight=False)
@@ -48,8 +52,10 @@ def summarize(folder: str) -> None:
 
 def likelihood(run: Path, steps: int) -> Table:
     """Validation figures at step 0 and at the last validation, from metrics.csv."""
-    with (run / runs.METRICS).open(newline="") as file:
-        rows = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
+    rows: list[dict[str, str]] = []
+    if (run / runs.METRICS).is_file():
+        with (run / runs.METRICS).open(newline="") as file:
+            rows = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
     table = Table(
         "on held-out files", "before", "after", title=f"likelihood, step 0 and step {steps}", title_justify="left"
     )

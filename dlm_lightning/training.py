@@ -24,6 +24,10 @@ from dlm_lightning.source import locate
 
 log = logging.getLogger(__name__)
 PLACEHOLDER = "runs/RECIPE/NUMBER"
+WITHOUT_DEVICES = [  # to look at a recipe or a run on a machine that could not train it
+    f"--trainer.{setting}"
+    for setting in ("accelerator=cpu", "devices=1", "num_nodes=1", "strategy=auto", "precision=32-true", "logger=false")
+]
 
 
 def quiet() -> None:
@@ -71,16 +75,17 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     ):
         parse(config, overrides, PLACEHOLDER)  # prints and exits
     start = Path(ckpt_path) if ckpt_path else None
-    if start:
-        checkpoint.read(start)
+    steps = checkpoint.read(start)["global_step"] if start else 0
     run = runs.create(found.name, folder)
     try:
         cli = parse(config, overrides, run)
+        if start and steps >= cli.trainer.max_steps:
+            raise ValueError(f"{ckpt_path} is finished: it has made all of its {steps} steps")
         if runs.is_first_process():
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
             runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
-            _pin_source(cli.config)
+            _pin(cli.config)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
     except BaseException:
@@ -90,11 +95,15 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     return run
 
 
-def _pin_source(config: Any) -> None:
-    """Name the very folder that a local source was found in: `runs/ar_source` may mean another one tomorrow."""
-    source = config.model.init_args.get("source")
-    if source and Path(source).expanduser().is_dir():
-        config.model.init_args.source = str(locate(source).resolve())
+def _pin(config: Any) -> None:
+    """Make local paths absolute, and name the very folder that a source was found in, which may move on."""
+    model, data = config.model.init_args, config.data.init_args
+    if model.get("source") and Path(model.source).expanduser().is_dir():
+        model.source = str(locate(model.source).resolve())
+    if data.get("paths"):
+        data.paths = [str(Path(path).expanduser().absolute()) for path in data.paths]
+    if data.get("cache_dir"):
+        data.cache_dir = str(Path(data.cache_dir).expanduser().absolute())
 
 
 def resume(folder: str) -> Path:
@@ -131,18 +140,29 @@ def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
     catalog.make_importable(
         catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"])
     )
-    text = (run / runs.CONFIG).read_text()
-    then = yaml.safe_load(text)["trainer"]["default_root_dir"]
-    return run, parse(yaml.safe_load(text.replace(then, str(run))), overrides, run)
+    config = yaml.safe_load((run / runs.CONFIG).read_text())
+    return run, parse(_moved(config, config["trainer"].pop("default_root_dir"), str(run)), overrides, run)
+
+
+def _moved(value: Any, then: str, now: str) -> Any:
+    """A config in which what lay in the folder `then` lies in `now`."""
+    if isinstance(value, dict):
+        return {key: _moved(item, then, now) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_moved(item, then, now) for item in value]
+    inside = isinstance(value, str) and (value == then or value.startswith(f"{then}/"))
+    return now + value[len(then) :] if inside else value
 
 
 def _train(cli: LightningCLI, start: Path | None) -> None:
     if start is None:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
         log.info(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics))
-    cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
-    if cli.trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
+    except SystemExit as stop:  # Lightning's answer to SIGINT, and without a code to SIGTERM
+        print(f"dlm: stopped; go on with `dlm resume {cli.trainer.default_root_dir}`", file=sys.stderr)
+        raise SystemExit(130 if cli.trainer.interrupted else 143) from stop
     if cli.model.validated_step < cli.trainer.global_step:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
 

@@ -209,3 +209,30 @@ def test_an_unknown_model_type_is_named(values, kind):
 
 def test_build_config_takes_its_keys():
     assert build_config({"model_type": "qwen3", "hidden_size": 48}).hidden_size == 48
+
+
+@pytest.mark.parametrize("meta", [False, True])
+@pytest.mark.parametrize("pretrained", [False, True])
+def test_weights_are_float32_whatever_the_source_is_stored_in(meta, pretrained, source_folder, tmp_path):
+    """A source in bfloat16 would otherwise train in bfloat16 under FSDP2, and in float32 on one device."""
+    folder = tmp_path / "half"
+    AutoModelForCausalLM.from_pretrained(source_folder("qwen3"), dtype=torch.bfloat16).save_pretrained(folder)
+    source = Source(str(folder))
+    network = build(source.config, source if pretrained else None, "eager", meta=meta)
+    assert {parameter.dtype for parameter in network.parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "keys", "says"),
+    [
+        ("bloom", {}, "bloom has no causal model that uses transformers' attention interface"),
+        ("mamba", {}, "mamba has no causal model that uses transformers' attention interface"),
+        ("t5", {}, "t5 has no causal model that uses transformers' attention interface"),
+        ("granite", {"logits_scaling": 8.0}, "granite sets logits_scaling"),
+        ("cohere", {"logit_scale": 0.0625}, "cohere sets logit_scale"),
+        ("gemma2", {"final_logit_softcapping": 30.0}, "gemma2 sets final_logit_softcapping"),
+    ],
+)
+def test_what_would_be_silently_wrong_is_refused(model_type, keys, says):
+    with pytest.raises(ValueError, match=says):
+        build(build_config({"model_type": model_type, **keys}), None, "eager", meta=True)

@@ -70,6 +70,7 @@ def test_ar_source_trains_a_folder_that_transformers_loads_and_that_converts(dlm
     trained = weights(folder.parent, 3)
     for name, value in network.state_dict().items():
         assert torch.equal(value, trained[f"denoiser.network.{name}"]), name
+    assert "where everything lies" in dlm("summary", folder.parent, cwd=tmp_path).stdout
     dlm("fit", "block_causal", *data, *small[:2], cwd=tmp_path)  # finds runs/ar_source by itself
     first = next(row for row in metrics(tmp_path / "runs/block_causal/1") if row["val/ar_nll"])
     last = [row for row in metrics(folder.parent) if row["val/ar_nll"]][-1]
@@ -145,6 +146,38 @@ def test_fsdp2_resumes_from_its_sharded_checkpoint(dlm, small, tmp_path):
     dlm("resume", "cut", cwd=tmp_path)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert "tokens per forward" in dlm("summary", "cut", cwd=tmp_path).stdout
+
+
+def test_a_run_that_moved_continues_from_anywhere(dlm, small, corpus, tmp_path):
+    """With relative paths to its data, and a path so long that YAML folds it."""
+    (tmp_path / "texts").symlink_to(corpus)
+    here = tmp_path / ("a folder with a long name and spaces " * 3) / "run"
+    here.parent.mkdir()
+    dlm("fit", "block_causal", *small(data__paths="[texts]"), "--run", here, cwd=tmp_path)
+    before = metrics(here)
+    there = here.rename(tmp_path / "moved")
+    shutil.rmtree(there / "checkpoints")
+    (tmp_path / "elsewhere").mkdir()
+    dlm("resume", there, cwd=tmp_path / "elsewhere")
+    assert metrics(there) == before
+    assert not here.exists()
+    assert (there / "checkpoints" / "step=6.ckpt").is_file()
+
+
+@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path):
+    (tmp_path / "stopper.py").write_text(
+        "import os, signal, lightning as L\n"
+        "class Stop(L.Callback):\n"
+        "    def on_train_batch_start(self, trainer, *_):\n"
+        f"        if trainer.global_step == 5: os.kill(os.getpid(), signal.{signal_name})\n"
+    )
+    checkpoints = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2}}"
+    words = small(trainer__callbacks=f"[{checkpoints}, {{class_path: stopper.Stop}}]")
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = dlm("fit", "block_causal", *words, "--run", "run", cwd=tmp_path, env=path, fails=True)
+    assert done.returncode == code
+    assert f"go on with `dlm resume {tmp_path / 'run'}`" in done.stderr
 
 
 def test_accumulation_gives_the_losses_of_one_large_batch(dlm, small, tmp_path):

@@ -65,5 +65,6 @@ def _commit(
 ) -> Tensor:
     view = pattern.continuation(ids_L[None], start)
     probability_N, token_N = denoiser(view, masked_N).softmax(-1).max(-1)
-    sure_N = (probability_N > threshold) | (probability_N == probability_N.max())
+    sure_N = probability_N > threshold
+    sure_N[probability_N.argmax()] = True  # by index: of numbers that are NaN none equals the largest
     return torch.where(sure_N, token_N, denoiser.mask_id)

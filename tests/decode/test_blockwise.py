@@ -150,3 +150,11 @@ def test_an_empty_prompt_and_a_threshold_out_of_range_are_refused(make_denoiser)
     for threshold in (0.0, -0.5, 1.01, float("nan")):
         with pytest.raises(ValueError, match="threshold"):
             decode(denoiser, PROMPT, AUTOREGRESSIVE, 3, threshold, eos_id=None)
+
+
+@pytest.mark.timeout(60)
+def test_a_network_that_has_become_nan_does_not_hang(make_denoiser):
+    denoiser = make_denoiser("qwen3")
+    torch.nn.init.constant_(denoiser.network.model.norm.weight, float("nan"))
+    decoded = decode(denoiser, [5, 6], Pattern(4, "clean"), 6, threshold=0.9, eos_id=None)
+    assert len(decoded.new_ids) == 6
