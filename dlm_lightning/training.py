@@ -162,7 +162,7 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to SIGINT, and without a code to SIGTERM
         print(f"dlm: stopped; go on with `dlm resume {cli.trainer.default_root_dir}`", file=sys.stderr)
-        raise SystemExit(130 if cli.trainer.interrupted else 143) from stop
+        raise SystemExit(143 if stop.code is None else 130) from stop
     if cli.model.validated_step < cli.trainer.global_step:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
 
