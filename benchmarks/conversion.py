@@ -63,6 +63,8 @@ def spread(values: list[float], digits: int = 2) -> str:
     if not values:
         return "not measured"
     mean = statistics.fmean(values)
+    if len(values) == 1:
+        return f"{mean:.{digits}f}"
     return f"{mean:.{digits}f} ({min(values):.{digits}f} to {max(values):.{digits}f})"
 
 
