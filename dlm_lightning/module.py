@@ -274,3 +274,5 @@ class Recipe(L.LightningModule):
             theirs = checkpoint[FACTS].get(name)
             if theirs != mine:
                 raise ValueError(f"the checkpoint was made with {name} {theirs}, this run has {mine}")
+        if self.trainer.state.fn == "fit" and checkpoint["global_step"] >= self.trainer.max_steps:
+            raise ValueError(f"the checkpoint is finished: it has made all of its {checkpoint['global_step']} steps")

@@ -75,12 +75,11 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     ):
         parse(config, overrides, PLACEHOLDER)  # prints and exits
     start = Path(ckpt_path) if ckpt_path else None
-    steps = checkpoint.read(start)["global_step"] if start else 0
+    if start:
+        checkpoint.read(start)
     run = runs.create(found.name, folder)
     try:
         cli = parse(config, overrides, run)
-        if start and steps >= cli.trainer.max_steps:
-            raise ValueError(f"{ckpt_path} is finished: it has made all of its {steps} steps")
         if runs.is_first_process():
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)

@@ -171,6 +171,7 @@ def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path
         "class Stop(L.Callback):\n"
         "    def on_train_batch_start(self, trainer, *_):\n"
         f"        if trainer.global_step == 5: os.kill(os.getpid(), signal.{signal_name})\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
     )
     checkpoints = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2}}"
     words = small(trainer__callbacks=f"[{checkpoints}, {{class_path: stopper.Stop}}]")
