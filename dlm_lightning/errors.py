@@ -28,6 +28,8 @@ def sentence(error: BaseException) -> str:
         return _unknown(match[1] or f"{match[2]}.{match[3]}")
     if match := re.match(r"the following arguments are required: (.*)", text):
         return f"the recipe lacks {match[1]}"
+    if "must be a mapping, not NoneType" in text:
+        return "a key that takes keys of its own, such as model.noise, is null; give its keys or leave it out"
     if "Errors: - " not in text and not text.startswith("Parser key "):
         return text
     key = _key(text)
@@ -79,6 +81,7 @@ def _readable(key: str, reason: str) -> str:
     reason = re.sub(r"NestedArg\(key='(.+?)', .*\)", r"a key \1", reason)
     reason = re.sub(r"Unable to load config (.*)", r"expected keys and values, got \1", reason)
     reason = re.sub(r"^Expected an? ", "expected ", reason).replace(" - Expected a ", " or ")
+    reason = re.sub(r"^expected list$", "expected a list, written [one, two]", reason)
     return f"{key}: {reason}" if key and not reason.startswith(key) else reason
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from functools import cached_property
 from typing import Any, ClassVar, Literal
 
@@ -247,9 +248,10 @@ class Recipe(L.LightningModule):
 
     # Checkpoints
 
-    def facts(self) -> dict[str, int | float | str | None]:
+    def facts(self) -> dict[str, Any]:
         """What a checkpoint states about itself: decoding reads it, and a continued run must agree with it."""
         pattern = self.pattern
+        options = ("first_token", "ar_weight", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas")
         return {
             "recipe": f"{type(self).__module__}.{type(self).__qualname__}",
             "model.source": self.source.fingerprint() if self.source else None,
@@ -258,6 +260,8 @@ class Recipe(L.LightningModule):
             "model.context_rank": pattern.context_rank,
             "model.shift": self.shift,
             "model.mask_id": self.mask_id,
+            **{f"model.{name}": getattr(self, name) for name in options},
+            **{f"model.noise.{name}": value for name, value in asdict(self.noise).items()},
             "trainer.max_steps": self.trainer.max_steps,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             **self.trainer.datamodule.facts(),

@@ -156,7 +156,8 @@ def _moved(value: Any, then: str, now: str) -> Any:
 def _train(cli: LightningCLI, start: Path | None) -> None:
     if start is None:
         cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-        log.info(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics))
+        if "val/ar_nll" in cli.trainer.callback_metrics:  # not with limit_val_batches: 0
+            log.info(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics))
     try:
         cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
     except SystemExit as stop:  # Lightning's answer to SIGINT, and without a code to SIGTERM

@@ -40,3 +40,6 @@ class FullBidirectional(Recipe):
             return self.pattern
         length = self.trainer.datamodule.row_length
         return Pattern(block_size=round(length ** (step / self.annealing_steps)))
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"model.annealing_steps": self.annealing_steps}

@@ -88,6 +88,7 @@ VALUES = {
     "model.betas=[1,2,3]": "model.betas: expected tuple with 2 elements, got [1, 2, 3]",
     "model.shift=sideways": "model.shift: expected Literal['none', 'next_token'], got sideways",
     "model.noise=3": "model.noise: expected keys and values, got '3'",
+    "model.noise=null": "a key that takes keys of its own, such as model.noise, is null",
     "model.noise.masking=half": "model.noise.masking: expected Literal['bernoulli', 'exact', 'exact_round', 'tilted', "
     "'complementary'], got half",
     "model.noise.half_life=long": "model.noise.half_life: expected float, got long",
@@ -117,7 +118,8 @@ VALUES = {
     # the corpus
     "data.paths=[nowhere]": "data.paths: nothing matches nowhere",
     "data.paths=['*.nothing']": "data.paths: nothing matches *.nothing",
-    "data.paths=[*.nothing]": "data.paths: expected list",  # an alias, to YAML
+    "data.paths=[*.nothing]": "data.paths: expected a list, written [one, two]",  # an alias, to YAML
+    "data.paths=corpus": "data.paths: expected a list, written [one, two]",
     "data.paths=[]": "data.paths: ",
     "data.paths=[hollow]": "data.paths: hollow must hold at least two ",
     "data.paths=[blank]": "data: the train split is empty; it needs more documents",

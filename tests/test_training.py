@@ -50,6 +50,13 @@ def test_a_shipped_recipe_runs_and_leaves_what_the_readme_says(recipe, dlm, smal
     assert (run / "metrics.csv").read_bytes() == before
 
 
+def test_a_run_without_validation_says_nothing_of_step_0(dlm, small, tmp_path):
+    done = dlm("fit", "block_causal", *small(trainer__limit_val_batches=0), "--run", "run", cwd=tmp_path)
+    assert "step 0" not in done.stdout
+    assert len(losses(tmp_path / "run")) == 6
+    assert "drift" in dlm("summary", "run", cwd=tmp_path).stdout
+
+
 def test_the_resolved_config_repeats_the_run(dlm, small, tmp_path):
     dlm("fit", "block_causal", *small(), "--run", "a", cwd=tmp_path)
     config = yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())
