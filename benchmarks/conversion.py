@@ -2,6 +2,7 @@
 
     python benchmarks/conversion.py --seeds 3 --jobs 2   # needs runs/ar_source (make demo); finished runs are kept
     python benchmarks/conversion.py --table-only         # only write docs/results/conversion.md from what is there
+    python benchmarks/conversion.py --out table.md       # write the table somewhere else
 
 A run that is finished is not made again, and one that was cut off is continued. Jobs share out the cores.
 """
@@ -97,16 +98,17 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table-only", action="store_true")
+    parser.add_argument("--out", type=Path, default=OUT, help="the file whose table is replaced")
     args = parser.parse_args()
     if not args.table_only:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         arms = [(recipe, start, seed) for seed in range(args.seeds) for recipe in RECIPES for start in (True, False)]
         with ThreadPoolExecutor(args.jobs) as pool:
             list(pool.map(lambda arm: fit(*arm, threads), arms))
-    text = OUT.read_text() if OUT.is_file() else "<!-- table -->\n<!-- end -->\n"
+    text = args.out.read_text() if args.out.is_file() else "<!-- table -->\n<!-- end -->\n"
     before, rest = text.split("<!-- table -->")
     after = rest.split("<!-- end -->")[1]
-    OUT.write_text(f"{before}<!-- table -->\n{table(args.seeds)}\n<!-- end -->{after}")
+    args.out.write_text(f"{before}<!-- table -->\n{table(args.seeds)}\n<!-- end -->{after}")
     print(table(args.seeds))
 
 
