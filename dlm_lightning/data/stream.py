@@ -54,22 +54,23 @@ class TrainStream:
 
 
 class ValidationStream:
-    """Batch sampler over the first `rows` rows, shared out among ranks in equally many batches, each row once.
+    """Batch sampler over `take` of `rows` rows, evenly spread, shared out among ranks in equally many batches.
 
-    What does not divide is filled with rows of padding: ranks that run different numbers of batches would hang.
+    Each row comes once. What does not divide is filled with rows of padding: ranks that run different numbers of
+    batches would hang.
     """
 
-    def __init__(self, rows: int, batch_size: int, rank: int, ranks: int) -> None:
-        self.rows, self.batch_size, self.rank, self.ranks = rows, batch_size, rank, ranks
+    def __init__(self, rows: int, take: int, batch_size: int, rank: int, ranks: int) -> None:
+        self.rows, self.take, self.batch_size, self.rank, self.ranks = rows, take, batch_size, rank, ranks
 
     def __len__(self) -> int:
-        return -(-self.rows // (self.batch_size * self.ranks))
+        return -(-self.take // (self.batch_size * self.ranks))
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for batch in range(len(self)):
             first = (batch * self.ranks + self.rank) * self.batch_size
             places = range(first, first + self.batch_size)
-            yield [Draw(0, p, p) if p < self.rows else Draw(0, -1, -1) for p in places]
+            yield [Draw(0, p, p * self.rows // self.take) if p < self.take else Draw(0, -1, -1) for p in places]
 
 
 class NoisyRows(torch.utils.data.Dataset):

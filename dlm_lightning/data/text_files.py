@@ -13,14 +13,17 @@ from typing import Any
 
 from dlm_lightning.data.token_data import Split, TokenData
 
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__"}
+TESTS = {"test", "tests", "idle_test"}
+GENERATED = {"encodings", "pydoc_data"}  # tables that are alike across files, and one file as long as all of a split
+NOT_LIBRARY = {*TESTS, *GENERATED, "site-packages", "dist-packages", "__pycache__"}
 
 
 class TextFiles(TokenData):
     """Text files as documents, split by file.
 
     Args:
-        paths: files, folders or globs; null takes the Python standard library's own source without its tests.
+        paths: files, folders or globs; null takes the Python standard library's own source, without its tests and
+            generated tables.
         suffixes: which files of a folder are read.
         val_share: the share of files, chosen by a hash of their names, that is kept for validation.
         **options: see `TokenData`.
@@ -30,7 +33,7 @@ class TextFiles(TokenData):
         self,
         paths: list[str] | None = None,
         suffixes: tuple[str, ...] = (".py", ".md", ".txt"),
-        val_share: float = 0.04,
+        val_share: float = 0.05,
         **options: Any,
     ) -> None:
         super().__init__(**options)

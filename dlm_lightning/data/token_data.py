@@ -35,7 +35,7 @@ class TokenData(L.LightningDataModule):
     Args:
         row_length: tokens per row.
         batch_size: rows per device and micro-batch.
-        val_rows: rows of the validation split to use, over all ranks; null uses all.
+        val_rows: rows of the validation split to use, evenly spread, over all ranks; null uses all.
         vocab_size: train a byte-level BPE of this size on the training split, for a model without a source.
         seed: decides the order of the samples and their noise, and nothing else.
         num_workers: processes that load batches.
@@ -125,8 +125,9 @@ class TokenData(L.LightningDataModule):
 
     def val_dataloader(self) -> DataLoader:
         """The validation rows for this rank, with noise that is the same at each validation."""
-        rows = min(self.val_rows or len(self.rows["val"]), len(self.rows["val"]))
-        stream = ValidationStream(rows, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
+        rows = len(self.rows["val"])
+        take = min(self.val_rows or rows, rows)
+        stream = ValidationStream(rows, take, self.batch_size, self.trainer.global_rank, self.trainer.world_size)
         return self._loader("val", stream, VALIDATION)
 
     def _loader(self, split: Split, stream: TrainStream | ValidationStream, noise: int) -> DataLoader:

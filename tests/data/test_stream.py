@@ -1,7 +1,7 @@
 """Which sample comes when, on which rank, with which noise."""
 
 from collections import Counter
-from itertools import permutations
+from itertools import pairwise, permutations
 
 import datasets
 import pytest
@@ -81,13 +81,17 @@ def test_every_order_is_equally_likely():
     assert chi_square < 49.7  # 99.9 % point with 23 degrees of freedom
 
 
-@given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 4))
-def test_validation_takes_each_row_once_in_equally_many_batches(rows, batch_size, ranks):
-    streams = [ValidationStream(rows, batch_size, rank, ranks) for rank in range(ranks)]
+@given(st.integers(1, 40), st.integers(0, 60), st.integers(1, 5), st.integers(1, 4))
+def test_validation_takes_spread_rows_once_in_equally_many_batches(take, more, batch_size, ranks):
+    streams = [ValidationStream(take + more, take, batch_size, rank, ranks) for rank in range(ranks)]
     batches = [list(stream) for stream in streams]
     assert {len(mine) for mine in batches} == {len(stream) for stream in streams} == {len(streams[0])}
     draws = [draw for mine in batches for batch in mine for draw in batch]
-    assert sorted(d for d in draws if d.index >= 0) == [Draw(0, row, row) for row in range(rows)]
+    taken = sorted(d for d in draws if d.index >= 0)
+    assert [(d.epoch, d.place) for d in taken] == [(0, place) for place in range(take)]
+    gaps = [b.index - a.index for a, b in pairwise(taken)]
+    step = (take + more) // take  # rounded down or up
+    assert taken[0].index == 0 and taken[-1].index < take + more and set(gaps) <= {step, step + 1}
     padding = [draw for draw in draws if draw.index < 0]
     assert set(padding) <= {Draw(0, -1, -1)} and len(padding) < batch_size * ranks
     assert {len(batch) for mine in batches for batch in mine} == {batch_size}
