@@ -19,7 +19,7 @@ dev: .venv/ready
 
 # Train the AR source once, convert it, print what happened.
 demo: dev
-	@if ls runs/ar_source/*/model/config.json >/dev/null 2>&1; then echo "the AR source is there: $$(ls -d runs/ar_source/*/model | tail -n 1)"; \
+	@if ls runs/ar_source/*/model/config.json >/dev/null 2>&1; then echo "the AR source is there: $$(ls -d runs/ar_source/*/model | sort -V | tail -n 1)"; \
 	else $(BIN)/dlm fit ar_source; fi
 	@set -o pipefail; $(BIN)/dlm fit block_causal | tee runs/demo.log
 	@$(BIN)/dlm summary "$$(sed -n 's/^run: //p' runs/demo.log | tail -n 1)"

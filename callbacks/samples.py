@@ -11,11 +11,12 @@ from lightning.pytorch.utilities import rank_zero_only
 from dlm_lightning.decode.blockwise import decode
 from dlm_lightning.module import Recipe
 
+FOLDER = "samples"
 PROMPTS = ("def __init__(self, ", "import os\nimport ", "    for key, value in ")
 
 
 class Samples(L.Callback):
-    """Writes greedy continuations to `<run>/samples.txt` and TensorBoard; records no metric and holds no state.
+    """Writes greedy continuations to `<run>/samples/step_000100.txt` and TensorBoard; it holds no state.
 
     Decoding is plain and block-wise, with the pattern and token shift of the recipe.
 
@@ -31,7 +32,7 @@ class Samples(L.Callback):
         self.prompts, self.new_tokens, self.threshold = tuple(prompts), new_tokens, threshold
 
     def on_validation_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
-        lines = [f"step {trainer.global_step}"]
+        lines = []
         for prompt in self.prompts:
             ids = recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"]
             decoded = decode(
@@ -47,7 +48,8 @@ class Samples(L.Callback):
             if isinstance(logger, TensorBoardLogger):
                 logger.experiment.add_text("samples", text.replace("\n", "  \n"), trainer.global_step)
         if trainer.loggers:
-            with (Path(trainer.default_root_dir) / "samples.txt").open("a", encoding="utf-8") as file:
-                file.write(text + "\n\n")
+            folder = Path(trainer.default_root_dir) / FOLDER
+            folder.mkdir(exist_ok=True)
+            (folder / f"step_{trainer.global_step:06d}.txt").write_text(text + "\n", encoding="utf-8")
         else:
             print(text)

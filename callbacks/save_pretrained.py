@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
@@ -14,16 +15,18 @@ from dlm_lightning.source import SAVED_MODEL
 
 
 class SavePretrained(L.Callback):
-    """Writes `<run>/model` when training ends; records no metric and holds no state.
+    """Writes `<run>/model` after the last step; records no metric and holds no state.
 
     The folder appears whole or not at all, and plain transformers loads it. It is there before the last checkpoint is,
-    which Lightning's order of callbacks ensures: a run whose last checkpoint exists has its model.
+    because Lightning calls checkpoint callbacks last: a run that is finished has its model.
     """
 
-    def on_train_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+    def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
+        if trainer.global_step < trainer.max_steps:
+            return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(recipe.denoiser.network, options=options)
-        if not trainer.is_global_zero or trainer.global_step < trainer.max_steps:
+        if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / SAVED_MODEL
         beside = folder.with_name(f".{SAVED_MODEL}.partial")

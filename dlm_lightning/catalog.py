@@ -30,19 +30,24 @@ class RecipeFile:
 
 def recipes() -> list[RecipeFile]:
     """The shipped recipes and those of installed packages, by name."""
-    shipped = [RecipeFile(p.stem, p, "dlm_lightning") for p in folder("recipes").glob("*.yaml")]
-    installed = []
+    found = {p.stem: RecipeFile(p.stem, p, "dlm_lightning") for p in folder("recipes").glob("*.yaml")}
     for entry in entry_points(group=ENTRY_POINTS):
+        path, why = None, "has no YAML beside its module"
         try:
             spec = importlib.util.find_spec(entry.value)
             path = Path(spec.origin).with_suffix(".yaml") if spec and spec.origin else None
         except ImportError:
-            path = None
+            pass
+        except Exception as error:  # of the package around it, which is imported to find it
+            why = f"fails to import: {error}"
+        origin = entry.dist.name if entry.dist else entry.value
+        if entry.name in found:
+            path, why = None, f"has the name of a recipe of {found[entry.name].origin}"
         if path is None or not path.is_file():
-            warn(f"plug-in {entry.name} ({entry.value}) has no YAML beside its module and is left out", stacklevel=2)
+            warn(f"plug-in {entry.name} ({entry.value}) {why} and is left out", stacklevel=2)
             continue
-        installed.append(RecipeFile(entry.name, path, entry.dist.name if entry.dist else entry.value, entry.value))
-    return sorted([*shipped, *installed], key=lambda recipe: recipe.name)
+        found[entry.name] = RecipeFile(entry.name, path, origin, entry.value)
+    return sorted(found.values(), key=lambda recipe: recipe.name)
 
 
 def folder(name: str) -> Path:

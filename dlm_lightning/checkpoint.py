@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import pickle
 from pathlib import Path
 from typing import Any
@@ -10,9 +11,21 @@ import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
+from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
 FOLDER = "checkpoints"
 _SHARDED_META = "meta.pt"  # Lightning writes it last into a sharded checkpoint's folder
+_INDEX = ".metadata"  # torch's own, a pickle that says what lies where in the shards
+_INDEX_NAMES = {
+    "torch": {"Size", *(name for name, value in vars(torch).items() if isinstance(value, torch.dtype))},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        *("Metadata", "MetadataIndex", "StorageMeta", "TensorProperties", "_MEM_FORMAT_ENCODING"),
+        *("TensorStorageMetadata", "BytesStorageMetadata", "ChunkStorageMetadata"),
+    },
+    "pathlib": {"Path", "PosixPath", "PurePosixPath"},
+}
 _FACTS = "dlm_lightning"  # the key under which every recipe states what it is
 
 
@@ -40,6 +53,29 @@ class Checkpoints(ModelCheckpoint):
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 
 
+class _IndexUnpickler(pickle.Unpickler):
+    """Makes what an index consists of, and nothing else: torch itself would run whatever the pickle says."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in _INDEX_NAMES.get(module, ()):
+            return super().find_class(module, name)
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+
+def _check_shards(folder: Path) -> None:
+    """Raise if a shard is missing or cut off, or if anything in it is more than a tensor or a plain value."""
+    with (folder / _INDEX).open("rb") as file:
+        index = _IndexUnpickler(file).load()
+    for key, place in index.storage_data.items():
+        shard = folder / place.relative_path
+        if shard.stat().st_size < place.offset + place.length:
+            raise EOFError(f"{shard} is cut off")
+        if isinstance(index.state_dict_metadata[key.fqn], BytesStorageMetadata):  # torch loads these without a check
+            with shard.open("rb") as file:
+                file.seek(place.offset)
+                torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
+
+
 def read(path: Path) -> dict[str, Any]:
     """A checkpoint's content, tensors and plain values only; of a sharded one, all but its tensors.
 
@@ -50,9 +86,11 @@ def read(path: Path) -> dict[str, Any]:
         raise FileNotFoundError(f"there is no checkpoint {path}")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
+        if path.is_dir():
+            _check_shards(path)
     except pickle.UnpicklingError as error:
         raise ValueError(f"{path} holds more than tensors and plain values, which could run code; refused") from error
-    except (RuntimeError, OSError, EOFError, KeyError) as error:  # OSError: cut off near its end
+    except (RuntimeError, OSError, EOFError, KeyError, AttributeError) as error:  # OSError: cut off near its end
         raise ValueError(f"{path} is damaged or not a checkpoint") from error
     if not isinstance(content, dict) or _FACTS not in content:
         raise ValueError(f"{path} was not written by dlm_lightning")

@@ -29,6 +29,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _dispatch(list(sys.argv[1:] if argv is None else argv))
     except KeyboardInterrupt:
+        print("dlm: stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DLM_DEBUG") == "1":

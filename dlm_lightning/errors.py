@@ -88,12 +88,14 @@ def _readable(key: str, reason: str) -> str:
 def _unknown(key: str) -> str:
     from lightning.pytorch import Trainer
 
+    if key in ("run", "ckpt_path"):
+        return f"{key} is an option of dlm fit: --{key} PATH"
     section, _, rest = key.partition(".")
     if section == "trainer" and rest:
         meant = nearest(rest, inspect.signature(Trainer).parameters)
         return f"there is no key {key}{meant.replace('mean ', 'mean trainer.')}"
     if section in SECTIONS or not rest:
-        return f"there is no key {key}{nearest(key, [*SECTIONS, 'run', 'ckpt_path'])}"
+        return f"there is no key {key}{nearest(key, SECTIONS)}"
     meant = nearest(section, SECTIONS)
     return f"there is no key {key}{meant.removesuffix('?')}.{rest}?" if meant else f"there is no key {key}"
 

@@ -18,7 +18,7 @@ class _Writer(ExperimentWriter):
 
 
 class MetricsCSV(CSVLogger):
-    """`metrics.csv` in the run folder: one row per logged step, continued by a resume where the checkpoint stood.
+    """`metrics.csv` in the run folder: a row per log, continued by a resume where the checkpoint stood.
 
     Args:
         save_dir: the run folder.

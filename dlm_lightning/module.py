@@ -5,6 +5,7 @@ Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -36,8 +37,8 @@ class Recipe(L.LightningModule):
         source: the AR model to start from: a hub id, a local folder, or a run folder of this project.
         config: without a source, the keys of a transformers config; `model_type` names the architecture.
         pretrained: start from the source's weights; false keeps its config and tokenizer and starts from random ones.
-        mask_token: id or text of the token that stands for a masked one; null takes the first embedding row without a
-            token, or adds a row.
+        mask_token: id or text of the token that stands for a masked one; null takes the embedding row after the last
+            token, or adds one.
         shift: `next_token` reads a masked token from the hidden state before it, `none` from its own.
         first_token: with shift, whether the first token of a block is read from the `clean` context, as in decoding, or
             from the `noisy` previous block.
@@ -83,8 +84,14 @@ class Recipe(L.LightningModule):
             raise ValueError(f"model.ar_weight must be at least 0, not {ar_weight}")
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
-        if lr <= 0 or warmup_steps < 0:
-            raise ValueError(f"model.lr must be above 0 and model.warmup_steps at least 0, not {lr} and {warmup_steps}")
+        at_least_0 = {"warmup_steps": warmup_steps, "min_lr_ratio": min_lr_ratio, "weight_decay": weight_decay}
+        for name, value in at_least_0.items():
+            if not 0 <= value < math.inf:
+                raise ValueError(f"model.{name} must be at least 0, not {value}")
+        if not 0 < lr < math.inf:
+            raise ValueError(f"model.lr must be above 0, not {lr}")
+        if not all(0 <= beta < 1 for beta in betas):
+            raise ValueError(f"model.betas must lie in [0, 1), not {betas}")
         self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
         self.mask_token, self.shift, self.first_token = mask_token, shift, first_token
@@ -200,24 +207,24 @@ class Recipe(L.LightningModule):
             config.vocab_size = len(self.tokenizer) + 1
             config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
             config.bos_token_id = None
-        if isinstance(self.mask_token, int) and not 0 <= self.mask_token < config.vocab_size:
-            raise ValueError(
-                f"model.mask_token: id {self.mask_token} is outside the vocabulary of {config.vocab_size} rows"
-            )
         if self.mask_token is None:
-            config.vocab_size = max(config.vocab_size, len(self.tokenizer) + 1)
+            config.vocab_size = max(config.vocab_size, self.mask_id + 1)
         return config
 
     @cached_property
     def mask_id(self) -> int:
         """The embedding row of the mask token."""
+        vocabulary = self.tokenizer.get_vocab()
         if self.mask_token is None:
-            return len(self.tokenizer)
-        if isinstance(self.mask_token, int):
-            return self.mask_token if self.model_config else -1
-        if self.mask_token not in self.tokenizer.get_vocab():
+            return 1 + max(vocabulary.values())
+        if isinstance(self.mask_token, str) and self.mask_token not in vocabulary:
             raise ValueError(f"model.mask_token: the tokenizer has no token {self.mask_token!r}")
-        return self.tokenizer.get_vocab()[self.mask_token]
+        mask_id = vocabulary[self.mask_token] if isinstance(self.mask_token, str) else self.mask_token
+        if not 0 <= mask_id < self.model_config.vocab_size:
+            raise ValueError(
+                f"model.mask_token: id {mask_id} is outside the vocabulary of {self.model_config.vocab_size} rows"
+            )
+        return mask_id
 
     def configure_model(self) -> None:
         """Build the Denoiser, sharded where the strategy shards."""

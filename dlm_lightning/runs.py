@@ -27,6 +27,8 @@ def create(recipe: str, folder: str | None) -> Path:
         return Path(os.environ[RUN_VARIABLE])
     if folder is None and "LOCAL_RANK" in os.environ:
         raise ValueError("name the run folder by --run DIR: the ranks that a launcher starts must agree on it")
+    if folder is not None and not folder.strip():
+        raise ValueError("--run needs the name of a folder")
     if folder is not None and not is_first_process():
         return Path(folder).expanduser().resolve()
     if folder is None:
@@ -50,9 +52,8 @@ def create(recipe: str, folder: str | None) -> Path:
 
 
 def discard(run: Path) -> None:
-    """Remove the folder of a run that never began; one with metrics or a checkpoint is kept."""
-    if not (run / METRICS).exists() and not any((run / "checkpoints").glob("*")):
-        shutil.rmtree(run, ignore_errors=True)
+    """Remove the folder of a run that never made a step."""
+    shutil.rmtree(run, ignore_errors=True)
 
 
 def write_origin(run: Path, **facts: Any) -> None:

@@ -16,7 +16,7 @@ from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
 from dlm_lightning.decode.blockwise import Decoded, decode
 from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
-from dlm_lightning.source import locate
+from dlm_lightning.source import SAVED_MODEL, locate
 from dlm_lightning.training import WITHOUT_DEVICES, quiet, reopen
 
 PROMPT = "def __init__(self, name, value):\n    "
@@ -37,6 +37,8 @@ def summarize(folder: str) -> None:
     if path is None:
         raise FileNotFoundError(f"{folder} has no complete checkpoint to summarize")
     recipe: Recipe = cli.model
+    if recipe.source is None and not (run / SAVED_MODEL).is_dir():
+        raise FileNotFoundError(f"{folder} is not finished and has no model yet; `dlm resume {folder}` goes on")
     if recipe.source is None:  # the tokenizer is the data's, or by now the finished model's
         recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)))
     recipe.configure_model()
@@ -51,14 +53,14 @@ def summarize(folder: str) -> None:
 
 
 def likelihood(run: Path, steps: int) -> Table:
-    """Validation figures at step 0 and at the last validation, from metrics.csv."""
+    """Validation figures at the first validation and at the last one of the checkpoint's steps, from metrics.csv."""
     rows: list[dict[str, str]] = []
     if (run / runs.METRICS).is_file():
         with (run / runs.METRICS).open(newline="") as file:
-            rows = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
-    table = Table(
-        "on held-out files", "before", "after", title=f"likelihood, step 0 and step {steps}", title_justify="left"
-    )
+            found = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
+            rows = [row for row in found if int(row["step"]) < steps]  # which counts from 0
+    first = "before" if rows and rows[0]["step"] == "0" else "first measured"
+    table = Table("on held-out files", first, "after", title=f"likelihood at step {steps}", title_justify="left")
     for name, meaning in MEANING.items():
         if rows and rows[0].get(f"val/{name}"):
             table.add_row(meaning, *(f"{float(row[f'val/{name}']):.3f}" for row in (rows[0], rows[-1])))
@@ -100,11 +102,11 @@ def places(run: Path) -> Table:
     """What lies where in a run folder."""
     contents = {
         runs.CONFIG: "the resolved configuration",
-        runs.METRICS: "everything that was logged, one row per step",
+        runs.METRICS: "everything that was logged",
         "tensorboard": "the same for `tensorboard --logdir`",
         checkpoint.FOLDER: "what `dlm resume` continues from",
         FOLDER: "drift.parquet and a heat map per measured step",
-        "samples.txt": "continuations at each validation",
+        "samples": "continuations at each validation",
         "model": "the finished network as a Hugging Face folder",
     }
     table = Table(title=f"where everything lies: {run}", title_justify="left", show_header=False)

@@ -13,6 +13,8 @@ from typing import Any
 import yaml
 from lightning import LightningDataModule
 from lightning.pytorch.cli import LightningCLI
+from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
@@ -46,8 +48,6 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
 
     `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
     """
-    if any("trainer.default_root_dir" in word for word in overrides):
-        raise ValueError("trainer.default_root_dir is the run folder; name it by --run DIR")
     options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
     cli = LightningCLI(
         Recipe,
@@ -61,6 +61,12 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         parser_kwargs={"parser_mode": "omegaconf+", "allow_abbrev": False, "exit_on_error": False, "prog": "dlm fit"},
     )
     check_overrides(options, cli.config)
+    if cli.config.trainer.default_root_dir != str(run):
+        raise ValueError("trainer.default_root_dir is the run folder; name it by --run DIR")
+    if cli.config.trainer.use_distributed_sampler:
+        raise ValueError("trainer.use_distributed_sampler must be false: the data module shares out its own stream")
+    if isinstance(cli.trainer.strategy.launcher, _MultiProcessingLauncher):
+        raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
     return cli
 
 
@@ -78,6 +84,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     if start:
         checkpoint.read(start)
     run = runs.create(found.name, folder)
+    cli = None
     try:
         cli = parse(config, overrides, run)
         if runs.is_first_process():
@@ -88,7 +95,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
     except BaseException:
-        if runs.is_first_process():
+        if runs.is_first_process() and not (cli and cli.trainer.global_step):
             runs.discard(run)
         raise
     return run
@@ -154,17 +161,26 @@ def _moved(value: Any, then: str, now: str) -> Any:
 
 
 def _train(cli: LightningCLI, start: Path | None) -> None:
-    if start is None:
-        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
-        if "val/ar_nll" in cli.trainer.callback_metrics:  # not with limit_val_batches: 0
-            log.info(step_zero(cli.model, cli.datamodule, cli.trainer.callback_metrics))
+    trainer = cli.trainer
+    if start and start.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
+        raise ValueError(f"{start} is a sharded checkpoint, which needs trainer.strategy=fsdp2")
     try:
-        cli.trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
+        if start is None:
+            trainer.validate(cli.model, cli.datamodule, verbose=False)
+            if "val/ar_nll" in trainer.callback_metrics:  # not with limit_val_batches: 0
+                log.info(step_zero(cli.model, cli.datamodule, trainer.callback_metrics))
+        trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
+        if cli.model.validated_step < trainer.global_step:
+            trainer.validate(cli.model, cli.datamodule, verbose=False)
     except SystemExit as stop:  # Lightning's answer to SIGINT, and without a code to SIGTERM
-        print(f"dlm: stopped; go on with `dlm resume {cli.trainer.default_root_dir}`", file=sys.stderr)
+        onward = f"; go on with `dlm resume {trainer.default_root_dir}`"
+        print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
         raise SystemExit(143 if stop.code is None else 130) from stop
-    if cli.model.validated_step < cli.trainer.global_step:
-        cli.trainer.validate(cli.model, cli.datamodule, verbose=False)
+    if trainer.global_step < trainer.max_steps and not trainer.should_stop:
+        raise ValueError(
+            f"the run ended at step {trainer.global_step} of {trainer.max_steps}: the trainer's limit_train_batches, "
+            "overfit_batches or max_epochs is shorter than its max_steps"
+        )
 
 
 def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from pathlib import Path
 
 import pytest
@@ -141,3 +142,26 @@ def test_a_plug_in_that_fails_to_import_is_named_in_a_warning(tmp_path, monkeypa
     recipe = catalog.RecipeFile("broken", tmp_path / "x.yaml", "somewhere", "broken_plug_in")
     with pytest.warns(UserWarning, match=r"plug-in broken \(broken_plug_in\) fails to import: no licence"):
         catalog.make_importable(recipe)
+
+
+@pytest.mark.parametrize(
+    ("name", "init", "says"),
+    [
+        ("broken", "raise RuntimeError('no licence')", "fails to import: no licence"),
+        ("block_causal", "", "has the name of a recipe of dlm_lightning"),
+    ],
+)
+def test_a_plug_in_package_that_does_not_fit_is_left_out_with_a_warning(name, init, says, tmp_path, monkeypatch):
+    package, info = tmp_path / "some_plugin", tmp_path / "some_plugin-1.0.dist-info"
+    package.mkdir()
+    info.mkdir()
+    (package / "__init__.py").write_text(init)
+    for suffix in ("py", "yaml"):
+        (package / f"more.{suffix}").touch()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: some-plugin\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(f"[dlm_lightning.recipes]\n{name} = some_plugin.more\n")
+    before = catalog.recipes()
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.warns(UserWarning, match=rf"plug-in {name} \(some_plugin.more\) {says} and is left out"):
+        assert catalog.recipes() == before
+    sys.modules.pop("some_plugin", None)

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import pickle
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 import yaml
 
 from dlm_lightning import checkpoint
@@ -59,15 +61,55 @@ def test_newest_of_a_folder_without_checkpoints_is_none(tmp_path):
     assert checkpoint.newest(tmp_path) is None
 
 
-def test_newest_takes_a_sharded_checkpoint_only_with_its_meta_file(folder, tmp_path):
-    sharded = folder / "step=8.ckpt"
-    sharded.mkdir()
-    (sharded / "__0_0.distcp").write_bytes(b"weights")
-    assert checkpoint.newest(tmp_path) == folder / "step=4.ckpt"
-    torch.save({"global_step": 8, FACTS: {}}, sharded / "meta.pt")
+@pytest.fixture
+def sharded(folder) -> Path:
+    """A sharded checkpoint of step 8 as torch and Lightning write it, beside that of step 4."""
+    path = folder / "step=8.ckpt"
+    dcp.save({"w": torch.ones(1000), "lr": 0.1, "betas": (0.9, 0.95)}, checkpoint_id=path)
+    torch.save({"global_step": 8, FACTS: {}}, path / "meta.pt")
+    return path
+
+
+def test_a_complete_sharded_checkpoint_is_the_newest(sharded, tmp_path):
     assert checkpoint.newest(tmp_path) == sharded
-    truncate(sharded / "meta.pt", 0.5)
+
+
+@pytest.mark.parametrize("part", ["meta.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("share", [None, 0.0, 0.5, 0.99])
+def test_a_sharded_checkpoint_without_a_part_is_passed_over(part, share, sharded, folder, tmp_path):
+    if share is None:
+        (sharded / part).unlink()
+    else:
+        truncate(sharded / part, share)
     assert checkpoint.newest(tmp_path) == folder / "step=4.ckpt"
+
+
+def test_a_poisoned_index_runs_no_code(sharded, folder, tmp_path):
+    index = pickle.loads((sharded / ".metadata").read_bytes())
+    index.storage_meta = RunsCode(tmp_path / "ran")
+    (sharded / ".metadata").write_bytes(pickle.dumps(index))
+    with pytest.raises(ValueError, match="could run code; refused"):
+        checkpoint.read(sharded)
+    assert checkpoint.newest(tmp_path) == folder / "step=4.ckpt"
+    assert not (tmp_path / "ran").exists()
+    dcp.FileSystemReader(sharded).read_metadata()  # it would have run: the check above can fail
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_poisoned_value_in_a_shard_runs_no_code(folder, tmp_path):
+    path = folder / "step=8.ckpt"
+    dcp.save({"w": torch.ones(10), "lr": RunsCode(tmp_path / "ran")}, checkpoint_id=path)
+    torch.save({"global_step": 8, FACTS: {}}, path / "meta.pt")
+    with pytest.raises(ValueError, match="could run code; refused"):
+        checkpoint.read(path)
+    assert not (tmp_path / "ran").exists()
+    dcp.load({"w": torch.ones(10), "lr": 0.1}, checkpoint_id=path)
+    assert (tmp_path / "ran").exists()
+
+
+def test_a_sharded_checkpoint_on_one_device_is_refused(sharded, refused, small, tmp_path):
+    said = refused("fit", "block_causal", *small(), "--ckpt_path", sharded, cwd=tmp_path)
+    assert said == f"{sharded} is a sharded checkpoint, which needs trainer.strategy=fsdp2"
 
 
 def damage(kind: str, path: Path, marker: Path) -> None:

@@ -36,6 +36,7 @@ UNKNOWN_KEYS = {
     "trainer.zzzz": "there is no key trainer.zzzz",
     "model.init_args.zzzz": "model.zzzz: BlockCausal takes no such key",
     "zzzz": "there is no key zzzz",
+    "ckpt_path": "ckpt_path is an option of dlm fit: --ckpt_path PATH",
 }
 
 
@@ -83,6 +84,10 @@ def test_an_unknown_class(word, refused, small, tmp_path):
 VALUES = {
     "model.block_size=many": "model.block_size: expected int, got many",
     "model.block_size.x=1": "model.block_size: expected int, got a key x",
+    "model.lr=.nan": "model.lr must be above 0, not nan",
+    "model.betas=[2,3]": "model.betas must lie in [0, 1), not (2.0, 3.0)",
+    "model.weight_decay=-1": "model.weight_decay must be at least 0, not -1.0",
+    "model.min_lr_ratio=-1": "model.min_lr_ratio must be at least 0, not -1.0",
     "model.block_size=0": "block_size must be at least 1 or null, not 0",
     "model.lr=fast": "model.lr: expected float, got fast",
     "model.betas=[1,2,3]": "model.betas: expected tuple with 2 elements, got [1, 2, 3]",
@@ -97,6 +102,11 @@ VALUES = {
     "data.row_length=1": "data.row_length must be at least 2, not 1",
     "trainer=3": "trainer: expected keys and values, got '3'",
     "trainer.max_steps=soon": "trainer.max_steps: expected int, got soon",
+    "trainer.default_root_dir=elsewhere": "trainer.default_root_dir is the run folder; name it by --run DIR",
+    "trainer.strategy=ddp_spawn": "trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2",
+    "trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler must be false",
+    "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
+    "trainer.limit_train_batches=0": "the run ended at step 0 of 6: the trainer's limit_train_batches",
     "trainer.accelerator=abacus": "You selected an invalid accelerator name: `accelerator='abacus'`.",
     "seed_everything=often": "seed_everything: expected bool or int",
     "model.config={model_type: qwen3}": "give one of model.source (a pretrained model) and model.config",
@@ -139,6 +149,23 @@ def test_a_wrong_value(words, refused, small, tmp_path):
     split = words.split(" ") if words.startswith("model.context=") else [words]
     said = refused("fit", "block_causal", *small(), *split, cwd=tmp_path)
     assert said.startswith(VALUES[words])
+
+
+def test_the_run_folder_is_not_moved_by_a_configuration_file(refused, small, tmp_path):
+    (tmp_path / "more.yaml").write_text("trainer: {default_root_dir: elsewhere}")
+    said = refused("fit", "block_causal", *small(), "--config", "more.yaml", "--run", "a", cwd=tmp_path)
+    assert said == "trainer.default_root_dir is the run folder; name it by --run DIR"
+
+
+def test_a_run_folder_needs_a_name(refused, small, tmp_path):
+    assert refused("fit", "block_causal", *small(), "--run", "", cwd=tmp_path) == "--run needs the name of a folder"
+
+
+def test_a_run_that_ends_early_says_so_and_keeps_what_it_has(typed, small, tmp_path):
+    said = typed("fit", "block_causal", *small(trainer__limit_train_batches=3), "--run", "a", cwd=tmp_path)
+    assert said.code == 1
+    assert said.err.startswith("dlm: the run ended at step 3 of 6: the trainer's limit_train_batches")
+    assert (tmp_path / "a" / "checkpoints" / "step=3.ckpt").is_file()
 
 
 @pytest.mark.parametrize("steps", [-1, 0])

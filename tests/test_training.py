@@ -39,7 +39,7 @@ def test_a_shipped_recipe_runs_and_leaves_what_the_readme_says(recipe, dlm, smal
     for name in ("config.yaml", "metrics.csv", "tensorboard", "checkpoints/step=6.ckpt", "drift/drift.parquet"):
         assert (run / name).exists(), name
     assert (run / "drift" / "step_000006.png").stat().st_size > 1000
-    assert "step 6" in (run / "samples.txt").read_text()
+    assert "tokens per forward" in (run / "samples" / "step_000006.txt").read_text()
     validations = [row for row in metrics(run) if row["val/nelbo"]]
     assert next(row["step"] for row in validations) == "0"
     assert all(row["val/ar_nll"] for row in validations)
@@ -82,6 +82,25 @@ def test_ar_source_trains_a_folder_that_transformers_loads_and_that_converts(dlm
     first = next(row for row in metrics(tmp_path / "runs/block_causal/1") if row["val/ar_nll"])
     last = [row for row in metrics(folder.parent) if row["val/ar_nll"]][-1]
     assert float(first["val/ar_nll"]) == pytest.approx(float(last["val/ar_nll"]), rel=1e-6)
+
+
+def test_a_source_that_is_killed_after_its_last_checkpoint_has_its_model(dlm, corpus, tmp_path):
+    """The kill comes between the last step's checkpoint and the end of training."""
+    model = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
+    model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "qwen3", "tie_word_embeddings": True}
+    (tmp_path / "killer.py").write_text(stopper("SIGKILL", "on_train_end").replace("Stop", "Kill"))
+    package = "dlm_lightning"
+    callbacks = [
+        {"class_path": "killer.Kill"},
+        {"class_path": f"{package}.checkpoint.Checkpoints", "init_args": {"every_n_steps": 2}},
+        {"class_path": f"{package}.callbacks.save_pretrained.SavePretrained"},
+    ]
+    data = [f"data.paths=[{corpus}]", "data.val_share=0.2", "data.row_length=24", "data.val_rows=6"]
+    words = [*data, "data.vocab_size=300", "trainer.max_steps=2", f"model.config={model}"]
+    words += ["trainer.val_check_interval=2", f"trainer.callbacks={callbacks}", "--run", "run"]
+    dlm("fit", "ar_source", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, fails=True)
+    assert (tmp_path / "run" / "checkpoints" / "step=2.ckpt").is_file()
+    AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -171,15 +190,41 @@ def test_a_run_that_moved_continues_from_anywhere(dlm, small, corpus, tmp_path):
     assert (there / "checkpoints" / "step=6.ckpt").is_file()
 
 
-@pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
-def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path):
-    (tmp_path / "stopper.py").write_text(
+SIGNALS = pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
+
+
+def stopper(signal_name: str, hook: str, condition: str = "True") -> str:
+    return (
         "import os, signal, lightning as L\n"
         "class Stop(L.Callback):\n"
-        "    def on_train_batch_start(self, trainer, *_):\n"
-        f"        if trainer.global_step == 5: os.kill(os.getpid(), signal.{signal_name})\n"
+        f"    def {hook}(self, trainer, *_):\n"
+        f"        if {condition}: os.kill(os.getpid(), signal.{signal_name})\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs ignore it\n"
     )
+
+
+@SIGNALS
+def test_a_run_that_is_stopped_before_its_first_step_leaves_nothing(signal_name, code, dlm, small, tmp_path):
+    (tmp_path / "stopper.py").write_text(stopper(signal_name, "on_validation_batch_start"))
+    words = small(trainer__callbacks="[{class_path: stopper.Stop}]")
+    path = {"PYTHONPATH": str(tmp_path)}
+    done = dlm("fit", "block_causal", *words, "--run", "run", cwd=tmp_path, env=path, fails=True)
+    assert done.returncode == code
+    assert done.stderr.endswith("dlm: stopped before the first step\n")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_run_without_checkpoints_or_metrics_is_not_thrown_away(dlm, small, tmp_path):
+    (tmp_path / "stopper.py").write_text(stopper("SIGINT", "on_train_batch_start", "trainer.global_step == 5"))
+    words = small(trainer__callbacks="[{class_path: stopper.Stop}]", trainer__logger="false")
+    path = {"PYTHONPATH": str(tmp_path)}
+    dlm("fit", "block_causal", *words, "--run", "run", cwd=tmp_path, env=path, fails=True)
+    assert (tmp_path / "run" / "config.yaml").is_file()
+
+
+@SIGNALS
+def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path):
+    (tmp_path / "stopper.py").write_text(stopper(signal_name, "on_train_batch_start", "trainer.global_step == 5"))
     checkpoints = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2}}"
     words = small(trainer__callbacks=f"[{checkpoints}, {{class_path: stopper.Stop}}]")
     path = {"PYTHONPATH": str(tmp_path)}

@@ -87,6 +87,8 @@ class TokenData(L.LightningDataModule):
             return
         if self.trainer.max_steps < 1:
             raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
+        if self.trainer.accumulate_grad_batches < 1:
+            raise ValueError("trainer.accumulate_grad_batches must be at least 1")
         self.rows = {split: self._packed(split) for split in ("train", "val")}
         self.counts_V = self._count_tokens()
         mask_id = self.trainer.lightning_module.mask_id

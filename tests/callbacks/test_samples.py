@@ -1,0 +1,37 @@
+"""Samples: what is written at each validation is what the decoder makes of the run's own weights."""
+
+from __future__ import annotations
+
+import pytest
+
+from dlm_lightning import checkpoint
+from dlm_lightning.callbacks.samples import Samples
+from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.training import reopen
+
+CALLBACKS = (
+    "[{class_path: dlm_lightning.checkpoint.Checkpoints}, {class_path: dlm_lightning.callbacks.samples.Samples, "
+    "init_args: {prompts: [the quick, jumps over], new_tokens: 5, threshold: 0.5}}]"
+)
+
+
+def test_a_file_per_validation_holds_the_continuation_of_each_prompt(typed, small, tmp_path):
+    words = small(trainer__callbacks=CALLBACKS)
+    assert typed("fit", "block_causal", *words, "--run", "run", cwd=tmp_path).code == 0
+    files = sorted((tmp_path / "run" / "samples").iterdir())
+    assert [file.name for file in files] == [f"step_{step:06d}.txt" for step in (0, 4, 6)]
+    _, cli = reopen(str(tmp_path / "run"), "--trainer.logger=false")
+    recipe = cli.model
+    recipe.configure_model()
+    checkpoint.load_weights(recipe.eval(), checkpoint.newest(tmp_path / "run"))
+    for prompt in ("the quick", "jumps over"):
+        ids = recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        decoded = decode(recipe.denoiser, ids, recipe.pattern, 5, 0.5, recipe.tokenizer.eos_token_id)
+        assert f"[{prompt}]{recipe.tokenizer.decode(decoded.new_ids)}\n" in files[-1].read_text()
+        assert f"({decoded.tokens_per_forward:.2f} tokens per forward)" in files[-1].read_text()
+
+
+@pytest.mark.parametrize("prompts", [(), ("",), ("a", "")])
+def test_prompts_that_cannot_be_continued_are_refused(prompts):
+    with pytest.raises(ValueError, match=r"Samples\.prompts"):
+        Samples(prompts)
