@@ -73,9 +73,16 @@ class WeightDrift(L.Callback):
         path = Path(trainer.default_root_dir) / FOLDER / TABLE
         if recipe.source is None:
             log.info("WeightDrift measures nothing: a model trained from scratch has no source to drift from")
-        elif trainer.is_global_zero and path.is_file():
-            table = pq.read_table(path, schema=SCHEMA)
-            self._table = table.filter(pc.field("step") <= trainer.global_step)
+        elif trainer.is_global_zero:
+            names = [name for name, _ in recipe.denoiser.network.named_parameters() if name not in recipe.source]
+            if names:
+                log.warning(
+                    f"WeightDrift leaves out {len(names)} parameters whose names the source's files do not have, "
+                    f"{names[0]} the first"
+                )
+            if path.is_file():
+                table = pq.read_table(path, schema=SCHEMA)
+                self._table = table.filter(pc.field("step") <= trainer.global_step)
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
         """Not at validation, where FSDP2 leaves the root's parameters (embedding, head, last norm) gathered."""

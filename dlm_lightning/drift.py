@@ -1,7 +1,8 @@
 """Weight drift: how far a network has moved from its AR source, read from the source's files and never loaded whole.
 
 Shapes: R rows of a parameter that this process holds and the source has, C columns (all other dimensions), N numbers
-of a slice of rows. Parameters sharded by FSDP2 are measured shard by shard; the sums are added over the ranks.
+of a slice of rows or of a vector, D directions of a move (down, up), B bins. Parameters sharded by FSDP2 are measured
+shard by shard; the sums are added over the ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ GROUPS = {
     "embed_tokens": "embedding",
     "lm_head": "head",
 }
-BINS = 1 << 15  # of the histograms behind w1
+BINS = 1 << 14  # of the histograms behind the w1 of matrices
 POWERS = 20  # products with ΔWᵀΔW per spectral norm
 SLICE = 1 << 20  # numbers of the source in memory at a time
 
@@ -49,8 +50,8 @@ class Drift:
     """The drift of one parameter, as sums that can be pooled over parameters.
 
     numel: how many numbers were compared. absolute: Σ|ΔW|. square: ΣΔW². source_square: ΣW0². product: ΣΔW·W0.
-    w1: Wasserstein-1 distance between the distributions of the values of W and W0. stable_rank: ‖ΔW‖_F²/‖ΔW‖_2², 0
-    without drift; None for a parameter that is no matrix.
+    w1: numel times the Wasserstein-1 distance between the distributions of the values of W and W0, at most `absolute`.
+    stable_rank: ‖ΔW‖_F²/‖ΔW‖_2², 0 without drift; None for a parameter that is no matrix.
     """
 
     name: str
@@ -104,7 +105,7 @@ def pool(drifts: Iterable[Drift]) -> dict[str, float]:
         "mean_abs": total("absolute") / numel,
         "rel_fro": math.sqrt(_ratio(square, source_square)),
         "cosine": product / norms if norms else float(square == 0),
-        "w1": sum(drift.w1 * drift.numel for drift in drifts) / numel,
+        "w1": total("w1") / numel,
     }
     return pooled | ({"stable_rank": sum(ranks) / len(ranks)} if ranks else {})
 
@@ -136,24 +137,23 @@ def _drift(name: str, parameter: Tensor, source: Source) -> Drift:
     step = max(1, SLICE // now_RC.shape[1])
     slices = [slice(row, min(row + step, known)) for row in range(0, known, step)]
 
-    sums = torch.zeros(5, dtype=torch.float64, device=local.device)
-    bounds = torch.full((2,), -torch.inf, device=local.device)  # −min, max
+    sums = torch.zeros(6, dtype=torch.float64, device=local.device)
     for part in slices:
         source_RC = source.read(name, start + part.start, start + part.stop).to(local.device, torch.float32)
         source_RC = source_RC.view_as(now_RC[part])
         torch.sub(now_RC[part], source_RC, out=delta_RC[part])
         delta, before = delta_RC[part].flatten(), source_RC.flatten()
-        sums += torch.stack(
-            [delta.norm(1), delta @ delta, before @ before, delta @ before, delta.new_tensor(len(delta))]
-        )
-        for least, most in (torch.aminmax(now_RC[part]), torch.aminmax(before)):
-            bounds = torch.maximum(bounds, torch.stack([-least, most]))
-    absolute, square, source_square, product, numel = all_reduce(sums, dist.ReduceOp.SUM).tolist()
-    low, high = all_reduce(bounds, dist.ReduceOp.MAX).tolist()
+        products = [delta @ delta, before @ before, delta @ before]
+        sums += torch.stack([delta.norm(1), before.norm(1), *products, delta.new_tensor(len(delta))])
+    absolute, source_absolute, square, source_square, product, numel = all_reduce(sums, dist.ReduceOp.SUM).tolist()
 
     w1 = rank = square  # right where it is 0, and where training has diverged
     if square and math.isfinite(square):
-        w1 = _w1(now_RC, delta_RC, slices, -low, high, all_reduce) / numel
+        if parameter.ndim == 1:
+            w1 = min(absolute, _sorted_w1(parameter, source.read(name)))
+        else:
+            mean = (absolute + source_absolute) / numel
+            w1 = absolute * _uncancelled(now_RC, delta_RC, slices, mean, all_reduce)
         if parameter.ndim == 2:
             rank = 1 / _top(delta_RC.div_(math.sqrt(square)), all_reduce)
     layer, group = place(name)
@@ -177,21 +177,40 @@ def _shard(parameter: Tensor) -> tuple[Tensor, int, AllReduce]:
     return parameter.to_local(), offset[0], all_reduce
 
 
-def _w1(now_RC: Tensor, delta_RC: Tensor, slices: list[slice], low: float, high: float, all_reduce: AllReduce) -> float:
-    """∫|F − F0| of the counts below each value, with the integrand taken at the edges of equal bins."""
-    if high <= low:
-        return 0.0
-    scale = BINS / (high - low)
-    count = torch.zeros(BINS, dtype=torch.int64, device=now_RC.device)
+def _sorted_w1(vector: Tensor, source_N: Tensor) -> float:
+    """Σ|W − W0| over the sorted values; all ranks call it together."""
+    now_N = vector.full_tensor() if isinstance(vector, DTensor) else vector
+    known = min(len(now_N), len(source_N))
+    now_N, before_N = (values_N[:known].double().sort().values for values_N in (now_N, source_N.to(now_N.device)))
+    return (now_N - before_N).abs().sum().item()
+
+
+def _uncancelled(now_RC: Tensor, delta_RC: Tensor, slices: list[slice], mean: float, all_reduce: AllReduce) -> float:
+    """W1 / mean |ΔW|, that is ∫|down − up| / ∫(down + up) where down(x) and up(x) are how many values moved across x.
+
+    The integrands are taken at the edges of bins that are equal in x/(s + |x|): fine where values are dense, yet no
+    outlier lies beyond them. Both integrals miss the same moves, so moves far smaller than a bin are measured, too.
+    """
+    # by steps, so that a sum that is rounded otherwise moves no edge; π keeps the edges off the values of bfloat16
+    scale = math.ldexp(math.pi / 2, math.frexp(mean)[1])  # s
+
+    def bins(values_N: Tensor) -> Tensor:
+        softsign_N = values_N.abs().add_(scale).reciprocal_().mul_(values_N)
+        return softsign_N.add_(1).mul_(BINS / 2).int().clamp_(max=BINS - 1)
+
+    count_DB = torch.zeros(2, BINS, dtype=torch.int64, device=now_RC.device)
     for part in slices:
         now_N = now_RC[part].float().flatten()
         # W − ΔW gives W0 back up to its last bit, and saves a second reading
-        after, before = (
-            (values_N - low).mul_(scale).int().clamp_(0, BINS - 1).bincount(minlength=BINS)
-            for values_N in (now_N, now_N - delta_RC[part].flatten())
-        )
-        count += after - before
-    return all_reduce(count, dist.ReduceOp.SUM).cumsum(0).abs().sum().item() / scale
+        after_N, before_N = bins(now_N), bins(now_N - delta_RC[part].flatten())
+        up_N = after_N > before_N
+        for bins_N, sign in ((after_N, 1), (before_N, -1)):
+            count_DB += sign * bins_N.add_(up_N, alpha=BINS).bincount(minlength=2 * BINS).view(2, BINS)
+    moved_DB = all_reduce(count_DB, dist.ReduceOp.SUM).cumsum(1)[:, :-1]
+    centre_B = torch.linspace(1 / BINS - 1, 1 - 1 / BINS, BINS, dtype=torch.float64, device=now_RC.device)
+    width_B = (centre_B / (1 - centre_B.abs())).diff()  # around an edge, in units of s
+    net, gross = ((count_B * width_B).sum().item() for count_B in (moved_DB.sum(0).abs(), moved_DB.abs().sum(0)))
+    return net / gross if gross else 1.0
 
 
 def _top(delta_RC: Tensor, all_reduce: AllReduce) -> float:

@@ -106,16 +106,20 @@ class Source:
         return name in self._file_of
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows start:stop of a tensor (all by default), read from the memory-mapped file; KeyError if it has none."""
-        if name not in self._file_of:
-            raise KeyError(f"model.source: {self.folder} has no tensor {name}")
-        with safe_open(self.folder / self._file_of[name], "pt") as file:
+        """Rows start:stop of a tensor (all by default), read from the memory-mapped file."""
+        with self._open(name) as file:
             return file.get_slice(name)[start:stop]
 
     def rows(self, name: str) -> int:
         """The length of a tensor's first dimension."""
-        with safe_open(self.folder / self._file_of[name], "pt") as file:
+        with self._open(name) as file:
             return file.get_slice(name).get_shape()[0]
+
+    def _open(self, name: str) -> safe_open:
+        """The file that holds a tensor; ValueError if none does."""
+        if name not in self:
+            raise ValueError(f"model.source: {self.folder} has no tensor {name}")
+        return safe_open(self.folder / self._file_of[name], "pt")
 
 
 def build_config(values: dict[str, Any]) -> PretrainedConfig:
@@ -143,7 +147,7 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
     Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
-    embeddings (see `mean_row`).
+    embeddings.
     """
     _check_supported(config)
     for key, value in config.to_dict().items():

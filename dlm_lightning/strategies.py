@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
@@ -34,18 +34,25 @@ class FSDP2(ModelParallelStrategy):
         super().setup_environment()
 
     def shard(self, denoiser: Denoiser, source: Source | None) -> None:
-        """Shard each decoder layer, then the rest, and fill the shards from the source.
+        """Shard each module that transformers never splits (a decoder layer), then the rest; fill them from the source.
 
         With a source the parameters are on the meta device; without one they are real, and equal on all ranks.
         """
-        mesh = self.device_mesh["data_parallel"]
-        layers: Any = denoiser.network.base_model.layers
-        for layer in layers:
+        mesh, network = self.device_mesh["data_parallel"], denoiser.network
+        for layer in layers(network):
             fully_shard(layer, mesh=mesh)
         fully_shard(denoiser, mesh=mesh)
         if source is not None:
-            denoiser.network.to_empty(device=self.root_device)
-            fill(denoiser.network, source)
+            network.to_empty(device=self.root_device)
+            fill(network, source)
+
+
+def layers(network: PreTrainedModel) -> list[nn.Module]:
+    """The modules that transformers keeps on one device, by class name: the decoder layers."""
+    found = [module for module in network.modules() if type(module).__name__ in (network._no_split_modules or ())]
+    if not found:
+        raise ValueError(f"trainer.strategy: fsdp2 cannot shard {network.config.model_type}, which names no layers")
+    return found
 
 
 @torch.no_grad()

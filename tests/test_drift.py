@@ -35,12 +35,12 @@ def move(network, scale=1e-3):
     return network
 
 
-def one_matrix(folder, before, after):
-    """The drift of a network of one matrix, from `before` to `after`."""
+def one_parameter(folder, before, after):
+    """The drift of a network of one parameter, from `before` to `after`."""
     AutoConfig.for_model("qwen3", **SIZES).save_pretrained(folder)
     save_file({"weight": before.contiguous()}, folder / "model.safetensors")
-    network = nn.Linear(after.shape[1], after.shape[0], bias=False)
-    network.weight.data = after
+    network = nn.Module()
+    network.weight = nn.Parameter(after)
     return measure(network, Source(str(folder)))[0]
 
 
@@ -78,40 +78,65 @@ def test_metrics_equal_their_definitions(tmp_path, model_type):
 def test_cosine_is_exact_where_its_distance_from_one_is_below_single_precision(tmp_path):
     before = torch.randn(64, 64)
     after = before + 1e-5 * torch.randn(64, 64)
-    metrics = one_matrix(tmp_path, before, after).metrics
+    metrics = one_parameter(tmp_path, before, after).metrics
     assert 1 - metrics["cosine"] == pytest.approx(1 - expected(after, before)["cosine"], rel=1e-3)
 
 
+def sorted_w1(after, before):
+    after, before = (np.sort(values.detach().double().numpy().ravel()) for values in (after, before))
+    return np.abs(after - before).mean()
+
+
 def distributions():
+    """{name: (W0, W)}, among them what earlier estimates missed: drift below a bin's width, and far outliers."""
     torch.manual_seed(0)
-    gaussian = 0.02 * torch.randn(128, 192)
-    heavy = 0.02 * torch.distributions.StudentT(3.0).sample((128, 192))
-    outlier = gaussian.clone()
-    outlier[3, 5] = 0.5
-    noise = torch.randn(128, 192)
-    return {
-        "gaussian": (gaussian, gaussian + 2e-3 * noise),
+    gaussian, noise = 0.02 * torch.randn(128, 192), 0.02 * torch.randn(128, 192)
+    sources = {
+        "gaussian": gaussian,
+        "bfloat16": gaussian.bfloat16().float(),
+        "student": 0.02 * torch.distributions.StudentT(3.0).sample((128, 192)),
+        "cauchy": 0.02 * torch.distributions.Cauchy(0.0, 1.0).sample((128, 192)),
+        "constant": torch.full((128, 192), 0.5),
+        "small": gaussian[:8, :8],
+    }
+    for name, values in {"outlier": [20.0], "outliers": [20.0, -20, 5, 3, 1, 200, -7, 2]}.items():
+        sources[name] = sources["bfloat16"].clone()
+        sources[name][3, : len(values)] = torch.tensor(values)
+    moved = {
+        f"{name} {relative:g}": (before, before + relative * noise[: len(before), : before.shape[1]])
+        for name, before in sources.items()
+        for relative in (1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    }
+    return moved | {
         "wider": (gaussian, 1.1 * gaussian),
-        "heavy": (heavy, heavy + 2e-3 * noise),
-        "tiny": (gaussian, gaussian + 1e-5 * noise),
-        "outlier": (outlier, outlier + 1e-3 * noise),
         "shifted": (gaussian, gaussian + 1e-3),
+        "no source": (torch.zeros(128, 192), gaussian),
     }
 
 
 @pytest.mark.parametrize("name", distributions())
 def test_w1_of_histograms_equals_that_of_sorted_values(tmp_path, name):
     before, after = distributions()[name]
-    metrics = one_matrix(tmp_path, before, after).metrics
-    sorted_w1 = np.abs(np.sort(after.numpy().ravel()) - np.sort(before.numpy().ravel())).mean(dtype=np.float64)
-    assert metrics["w1"] == pytest.approx(sorted_w1, rel=0.05)
-    assert metrics["w1"] <= metrics["mean_abs"] * 1.05
+    metrics = one_parameter(tmp_path, before, after).metrics
+    assert metrics["w1"] == pytest.approx(sorted_w1(after, before), rel=0.05)
+    assert metrics["w1"] <= metrics["mean_abs"]
+
+
+@pytest.mark.parametrize(("numel", "largest", "scale"), [(1536, 10.0, 1e-5), (256, 200.0, 1e-4), (64, 0.02, 1e-3)])
+def test_w1_of_a_vector_is_exact(tmp_path, numel, largest, scale):
+    generator = torch.Generator().manual_seed(0)
+    before_N = torch.randn(numel, generator=generator).bfloat16().float()
+    before_N[5] = largest
+    after_N = before_N + scale * torch.randn(numel, generator=generator)
+    metrics = one_parameter(tmp_path, before_N, after_N).metrics
+    assert metrics["w1"] == pytest.approx(sorted_w1(after_N, before_N), rel=1e-6)
+    assert metrics["w1"] <= metrics["mean_abs"]
 
 
 def test_w1_sees_values_and_not_their_places(tmp_path):
     before = torch.randn(64, 48)
-    metrics = one_matrix(tmp_path, before, before.flip(0)).metrics
-    assert metrics["w1"] == 0 and metrics["mean_abs"] > 0.5
+    metrics = one_parameter(tmp_path, before, before.flip(0)).metrics
+    assert metrics["w1"] < 1e-6 and metrics["mean_abs"] > 0.5
 
 
 @pytest.mark.parametrize(
@@ -128,7 +153,7 @@ def test_w1_sees_values_and_not_their_places(tmp_path):
     ids=["rank-one", "identity", "tall", "wide", "signs", "row", "column"],
 )
 def test_stable_rank_equals_svd(tmp_path, delta):
-    drift = one_matrix(tmp_path, torch.zeros_like(delta), delta)
+    drift = one_parameter(tmp_path, torch.zeros_like(delta), delta)
     wanted = (delta.norm() ** 2 / torch.linalg.matrix_norm(delta, 2) ** 2).item()
     assert drift.stable_rank == pytest.approx(wanted, rel=1e-2)
 
@@ -141,7 +166,7 @@ def test_no_drift(tmp_path):
 
 
 def test_a_source_of_zeros_has_no_relative_drift(tmp_path):
-    metrics = one_matrix(tmp_path, torch.zeros(4, 4), torch.ones(4, 4)).metrics
+    metrics = one_parameter(tmp_path, torch.zeros(4, 4), torch.ones(4, 4)).metrics
     assert metrics["rel_fro"] == math.inf and metrics["cosine"] == 0 and metrics["mean_abs"] == 1
 
 
@@ -205,8 +230,9 @@ def test_groups_equal_direct_computation_on_concatenated_values(tmp_path):
         wanted = expected(after, torch.cat([source.read(name).flatten() for name in members]))
         for metric in ("mean_abs", "rel_fro", "cosine"):
             assert metrics[metric] == pytest.approx(wanted[metric], rel=1e-5)
-        each = [(drift.w1, drift.numel) for drift in drifts if drift.group == group]
+        each = [(drift.metrics["w1"], drift.numel) for drift in drifts if drift.group == group]
         assert metrics["w1"] == pytest.approx(sum(w1 * n for w1, n in each) / sum(n for _, n in each))
+        assert metrics["w1"] <= metrics["mean_abs"]
     two = [drift.stable_rank for drift in drifts if drift.group == "q"]
     assert len(two) == 2 and groups["q"]["stable_rank"] == pytest.approx(sum(two) / 2)
     assert "stable_rank" not in groups["norm"]

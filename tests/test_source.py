@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from dlm_lightning.errors import sentence
 from dlm_lightning.source import Source, build, build_config, locate
 
 INDEX = "model.safetensors.index.json"
@@ -52,11 +53,13 @@ def test_slices_equal_the_tensors_that_transformers_loads(either):
         assert source.read(name, 5, 5).shape == (0, *tensor.shape[1:])
 
 
-def test_a_tensor_that_is_not_there(either):
+@pytest.mark.parametrize("method", ["read", "rows"])
+def test_a_tensor_that_is_not_there(either, method):
     source = Source(str(either))
     assert "model.nothing" not in source
-    with pytest.raises(KeyError, match=r"has no tensor model\.nothing"):
-        source.read("model.nothing")
+    with pytest.raises(ValueError) as error:
+        getattr(source, method)("model.nothing")
+    assert sentence(error.value) == f"model.source: {either} has no tensor model.nothing"
 
 
 def test_the_config_is_a_new_copy_at_each_call(source_folder):

@@ -11,8 +11,9 @@ from lightning.pytorch.strategies import StrategyRegistry
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from dlm_lightning.errors import sentence
 from dlm_lightning.source import Source, build
-from dlm_lightning.strategies import FSDP2, fill
+from dlm_lightning.strategies import FSDP2, fill, layers
 
 
 def filled(source: Source, rows: int = 300) -> nn.Module:
@@ -33,11 +34,11 @@ def everything(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_a_filled_network_equals_from_pretrained(family, tied, source_folder):
     folder = source_folder(family, tied)
     network, expected = filled(Source(str(folder))), AutoModelForCausalLM.from_pretrained(folder)
-    assert any("inv_freq" in name for name in everything(expected))
+    assert any("inv_freq" in name for name in everything(expected)) == (family != "gpt2")
     assert everything(network).keys() == everything(expected).keys()
     for name, tensor in everything(expected).items():
         assert torch.equal(everything(network)[name], tensor), name
@@ -65,6 +66,24 @@ def test_a_sharded_source_fills_as_one_file_does(source_folder, tmp_path):
     (folder / "model.safetensors").unlink()
     one, several = everything(filled(Source(str(source_folder())))), everything(filled(Source(str(folder))))
     assert all(torch.equal(one[name], several[name]) for name in one)
+
+
+def test_a_source_that_names_its_tensors_otherwise_is_refused_in_one_sentence(source_folder):
+    """transformers fuses the experts, which the files keep one by one."""
+    folder = source_folder("qwen3_moe")
+    with pytest.raises(ValueError) as error:
+        filled(Source(str(folder)))
+    assert sentence(error.value) == f"model.source: {folder} has no tensor model.layers.0.mlp.experts.gate_up_proj"
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
+def test_layers_are_found_whatever_the_family_calls_them(family, source_folder):
+    network = AutoModelForCausalLM.from_pretrained(source_folder(family))
+    base = network.base_model
+    assert layers(network) == list(base.h if family == "gpt2" else base.layers)
+    network._no_split_modules = set()
+    with pytest.raises(ValueError, match=f"fsdp2 cannot shard {family}, which names no layers"):
+        layers(network)
 
 
 def test_the_strategy_is_known_by_its_name():

@@ -1,4 +1,5 @@
 import csv
+import shutil
 
 import lightning as L
 import pyarrow.parquet as pq
@@ -129,6 +130,21 @@ def test_random_weights_are_measured_against_the_source(folder, tmp_path):
     fit(folder, tmp_path, recipe, steps=1)
     _, groups = last(tmp_path / "drift" / "drift.parquet")
     assert groups["q"]["rel_fro"] > 1  # two independent draws lie √2 apart
+
+
+def test_parameters_whose_names_the_source_lacks_are_left_out_with_one_warning(folder, tmp_path, caplog):
+    shutil.copytree(folder / "source", tmp_path / "source")
+    experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8, "vocab_size": 300}
+    config = AutoConfig.for_model(**CONFIG | {"model_type": "qwen3_moe"} | experts)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "source")  # one file entry per expert
+    _, recipe, _ = fit(folder, tmp_path, BlockCausal(block_size=4, source=str(tmp_path / "source")), steps=2, every=1)
+    left_out = {name for name, _ in recipe.denoiser.network.named_parameters() if ".experts." in name}
+    [said] = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert said == (
+        "WeightDrift leaves out 4 parameters whose names the source's files do not have, "
+        "model.layers.0.mlp.experts.gate_up_proj the first"
+    )
+    assert not left_out & set(table(tmp_path)["name"].to_pylist())
 
 
 def test_every_n_steps_must_be_positive():
