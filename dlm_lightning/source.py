@@ -153,7 +153,6 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
-    config.use_cache = False
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
             return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)

@@ -58,7 +58,7 @@ def likelihood(run: Path, steps: int) -> Table:
     if (run / runs.METRICS).is_file():
         with (run / runs.METRICS).open(newline="") as file:
             found = [row for row in csv.DictReader(file) if row.get("val/nelbo")]
-            rows = [row for row in found if int(row["step"]) < steps]  # which counts from 0
+            rows = [row for row in found if int(row["step"]) <= steps]
     first = "before" if rows and rows[0]["step"] == "0" else "first measured"
     table = Table("on held-out files", first, "after", title=f"likelihood at step {steps}", title_justify="left")
     for name, meaning in MEANING.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import sys
 from pathlib import Path
 
 import pytest
@@ -24,69 +25,142 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}
 SHELF = {name: shelf for shelf, (_, names) in enumerate(SHELVES) for name in names}
+WITHIN = {  # what the files of a folder may import of it; of the folders that are not named here, nothing
+    "attention": {"__init__": {"dense", "flash"}},
+    "data": {
+        "stream": {"rows"},
+        "token_data": {"rows", "stream", "tokenizer"},
+        "text_files": {"token_data"},
+        "short_answers": {"token_data"},
+    },
+}
+GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on
 HEAVY = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "matplotlib", "numpy", "rich"}
 FREE_OF_TORCH = {"cli", "catalog", "errors", "runs"}  # as far as their top level goes
 FILES = sorted(
-    path
+    path.relative_to(ROOT)
     for folder in ("dlm_lightning", "recipes", "callbacks")
     for path in (ROOT / folder).rglob("*.py")
     if not any(parent.is_symlink() for parent in path.parents)
 )
 
 
-def imports(path: Path, top_level: bool = False) -> set[str]:
-    """The full names that a file imports."""
-    tree = ast.parse(path.read_text())
+def imports(source: str, top_level: bool = False) -> set[str]:
+    """The full names that a source imports."""
+    tree = ast.parse(source)
     names = set()
     for node in tree.body if top_level else ast.walk(tree):
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path.name}: relative import"
-            names |= {f"{node.module}.{alias.name}" for alias in node.names}
+            names |= {f"{'.' * node.level}{node.module or ''}.{alias.name}" for alias in node.names}
     return names
 
 
-def part(name: str) -> str | None:
-    """The part of the house that a full name belongs to, None for other packages and the package itself."""
-    words = name.split(".")
-    if words[0] in ("recipes", "callbacks", "configs"):
-        raise AssertionError(f"{name} is imported by its bare name")
-    return words[1] if words[0] == "dlm_lightning" and words[1] in LAYERS else None
+def home(path: Path) -> tuple[str, str]:
+    """The part of the house that a file belongs to, and the file's own name in it: `("data", "rows")`."""
+    folder, *rest = path.with_suffix("").parts
+    words = rest if folder == "dlm_lightning" else [folder, *rest]
+    return words[0], ".".join(words[1:]) or "__init__"
 
 
-def home(path: Path) -> str:
-    folder, *rest = path.relative_to(ROOT).parts
-    return folder if folder != "dlm_lightning" else rest[0].removesuffix(".py")
-
-
-@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_imports_point_down(path):
-    own = home(path)
-    if own == "__init__":
-        assert not {part(name) for name in imports(path)} - {None}
-        return
-    for name in imports(path):
-        other = part(name)
-        if other is None or other == own:
+def violations(path: Path, source: str) -> list[str]:
+    """What a file of the package, by its path from the root, does against the architecture."""
+    own, file = home(path)
+    if own != "__init__" and own not in LAYERS:
+        return [f"{path} stands in no layer"]
+    found = []
+    for name in sorted(imports(source)):
+        package, *words = name.split(".")
+        if not package:
+            found.append(f"relative import of {name}")
+        elif package in ("recipes", "callbacks", "configs"):
+            found.append(f"{name} is imported by its bare name")
+        elif package != "dlm_lightning":
+            if LAYERS.get(own) == 0 and package not in GROUND:
+                found.append(f"{own}, of layer 0, imports {package}")
+            elif LAYERS.get(own) == 1 and package in ("lightning", "pytorch_lightning"):
+                found.append(f"{own}, of layer 1, imports {package}")
+        elif not words or words == ["__version__"]:
             continue
-        assert SHELF[other] < SHELF[own], f"{own} imports {other}, which stands beside or above it"
+        elif words[0] not in LAYERS:
+            found.append(f"{name} stands in no layer")
+        elif words[0] != own:
+            if own == "__init__" or SHELF[words[0]] >= SHELF[own]:
+                found.append(f"{own} imports {words[0]}, which stands beside or above it")
+        elif (words[1:] or ["__init__"])[0] not in WITHIN.get(own, {}).get(file, set()):
+            found.append(f"{own}.{file} imports its sibling {name}")
+    return found
 
 
-def test_lightning_starts_at_layer_two_and_transformers_at_one():
-    for path in FILES:
-        layer = LAYERS.get(home(path))
-        packages = {name.split(".")[0] for name in imports(path)}
-        if layer in (0, 1):
-            assert not packages & {"lightning", "pytorch_lightning"}, path
-        if layer == 0:
-            assert not packages & {"transformers", "datasets"}, path
+@pytest.mark.parametrize("path", FILES, ids=str)
+def test_imports_point_down(path):
+    assert violations(path, (ROOT / path).read_text()) == []
+
+
+def test_every_layer_is_inhabited():
+    assert {home(path)[0] for path in FILES} - {"__init__"} == set(LAYERS)
+
+
+MADE_UP = [
+    ("recipes/mine.py", "from dlm_lightning.recipes.block_causal import BlockCausal", "sibling"),
+    ("recipes/mine.py", "import dlm_lightning.recipes.block_causal", "sibling"),
+    ("recipes/mine.py", "from dlm_lightning.recipes import block_causal", "sibling"),
+    ("recipes/mine.py", "def f():\n    from dlm_lightning.recipes import block_causal", "sibling"),
+    ("recipes/mine.py", "from recipes.block_causal import BlockCausal", "bare name"),
+    ("recipes/mine.py", "from . import block_causal", "relative"),
+    ("recipes/mine.py", "from dlm_lightning.callbacks.samples import Samples", "beside or above"),
+    ("recipes/mine.py", "from dlm_lightning.training import fit", "beside or above"),
+    ("callbacks/mine.py", "from dlm_lightning.callbacks.weight_drift import last", "sibling"),
+    ("callbacks/mine.py", "from dlm_lightning.recipes.block_causal import BlockCausal", "beside or above"),
+    ("dlm_lightning/data/mine.py", "from dlm_lightning.data.text_files import TextFiles", "sibling"),
+    ("dlm_lightning/data/rows.py", "from dlm_lightning.data.stream import collate", "sibling"),
+    ("dlm_lightning/data/text_files.py", "from dlm_lightning.data.short_answers import ShortAnswers", "sibling"),
+    ("dlm_lightning/data/mine.py", "from dlm_lightning.module import Recipe", "beside or above"),
+    ("dlm_lightning/attention/flash.py", "from dlm_lightning.attention import dense", "sibling"),
+    ("dlm_lightning/mine.py", "", "no layer"),
+    ("dlm_lightning/mine/thing.py", "", "no layer"),
+    ("dlm_lightning/summary.py", "from dlm_lightning.mine import thing", "no layer"),
+    ("dlm_lightning/summary.py", "from dlm_lightning import mine", "no layer"),
+    ("dlm_lightning/__init__.py", "from dlm_lightning.module import Recipe", "beside or above"),
+    ("dlm_lightning/view.py", "from dlm_lightning.noise import Noise", "beside or above"),
+    ("dlm_lightning/view.py", "from dlm_lightning.mine import thing", "no layer"),
+    ("dlm_lightning/view.py", "import lightning as L", "layer 0"),
+    ("dlm_lightning/noise.py", "from transformers import AutoConfig", "layer 0"),
+    ("dlm_lightning/loss.py", "import torchmetrics", "layer 0"),
+    ("dlm_lightning/loss.py", "def f():\n    import einops", "layer 0"),
+    ("dlm_lightning/drift.py", "import lightning.pytorch", "layer 1"),
+]
+
+
+@pytest.mark.parametrize("path, source, message", MADE_UP)
+def test_the_rule_rejects(path, source, message):
+    [found] = violations(Path(path), source)
+    assert message in found
+
+
+@pytest.mark.parametrize(
+    "path, source",
+    [
+        (
+            "recipes/mine.py",
+            "from dlm_lightning.module import Recipe\nfrom dlm_lightning.view import Pattern",
+        ),
+        ("callbacks/mine.py", "import lightning\nfrom dlm_lightning.decode.blockwise import decode"),
+        ("dlm_lightning/data/text_files.py", "from dlm_lightning.data.token_data import TokenData"),
+        ("dlm_lightning/loss.py", "import math, torch.nn, numpy as np\nfrom dlm_lightning.view import View"),
+        ("dlm_lightning/cli.py", "from dlm_lightning import __version__, catalog"),
+    ],
+)
+def test_the_rule_allows(path, source):
+    assert violations(Path(path), source) == []
 
 
 def test_the_command_line_imports_nothing_heavy_at_its_top_level():
     for path in FILES:
-        if home(path) in FREE_OF_TORCH | {"__init__"} and path.parent.name == "dlm_lightning":
-            assert not {name.split(".")[0] for name in imports(path, top_level=True)} & HEAVY, path
+        if home(path)[0] in FREE_OF_TORCH | {"__init__"}:
+            top_level = imports((ROOT / path).read_text(), top_level=True)
+            assert not {name.split(".")[0] for name in top_level} & HEAVY, path
 
 
 @pytest.mark.parametrize("name", ["recipes", "callbacks", "configs"])

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import re
+from dataclasses import asdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import yaml
 
 from dlm_lightning import attention, catalog
-from dlm_lightning.source import build, build_config
+from dlm_lightning.source import build_config
 from dlm_lightning.training import PLACEHOLDER, parse
 
 ROOT = Path(__file__).parents[1]
@@ -29,6 +31,7 @@ SIZES = {  # of the published config.json files, which are not reachable in test
     },
 }  # fmt: skip
 PARAMETERS = {"efficient_dlm_qwen3_4b": 4.02e9, "fast_dllm_v2_qwen2_5_1_5b": 1.54e9}
+TOKENS = {"efficient_dlm_qwen3_4b": 151669, "fast_dllm_v2_qwen2_5_1_5b": 151665}  # of the published tokenizers
 
 
 def on_this_machine(path: Path) -> list[str]:
@@ -75,13 +78,69 @@ def test_every_key_has_help(path):
             assert " # " in line, line
 
 
+class Tokens(dict):
+    """A tokenizer, as far as the number of its tokens goes."""
+
+    def get_vocab(self) -> Tokens:
+        return self
+
+
 @pytest.mark.parametrize("name", SIZES)
-def test_real_scale_recipes_instantiate_on_the_meta_device(name):
-    config = build_config(SIZES[name])
-    network = build(config, None, attention.NAME, meta=True)
-    parameters = sum(parameter.numel() for parameter in network.parameters())
+def test_real_scale_recipes_instantiate_on_the_meta_device(name, tmp_path, monkeypatch):
+    """The YAML's own recipe and values, as a sharding strategy would have it built; only the hub's files stand in."""
+    monkeypatch.chdir(tmp_path)
+    path = ROOT / "recipes" / f"{name}.yaml"
+    recipe = parse(catalog.compose(path), on_this_machine(path), PLACEHOLDER).model
+    tokens = Tokens((str(n), n) for n in range(TOKENS[name]))
+    recipe.__dict__["source"] = SimpleNamespace(config=build_config(SIZES[name]), tokenizer=lambda: tokens)
+    recipe._trainer = SimpleNamespace(strategy=SimpleNamespace(shard=lambda denoiser, source: None))
+    recipe.configure_model()
+    network = recipe.denoiser.network
     assert all(parameter.device == torch.device("meta") for parameter in network.parameters())
+    parameters = sum(parameter.numel() for parameter in network.parameters())
     assert parameters == pytest.approx(PARAMETERS[name], rel=0.01)
+    assert network.config.vocab_size == SIZES[name]["vocab_size"], "the mask token takes a free row"
+    assert recipe.denoiser.mask_id == TOKENS[name]
+    assert network.config._attn_implementation == attention.NAME
+    written = catalog.compose(path)["model"]
+    assert f"{type(recipe).__module__}.{type(recipe).__name__}" == written["class_path"]
+    for key, value in written["init_args"].items():
+        if key in ("block_size", "context", "context_rank"):
+            assert getattr(recipe.pattern, key) == value, key
+        elif key == "noise":
+            assert value.items() <= asdict(recipe.noise).items()
+        elif key in ("shift", "first_token"):
+            assert getattr(recipe.denoiser, key) == value, key
+        else:
+            assert getattr(recipe, "source_name" if key == "source" else key) == value, key
+
+
+@pytest.mark.parametrize(
+    ("name", "accumulate", "max_steps"), [("efficient_dlm_qwen3_4b", 16, 11920), ("fast_dllm_v2_qwen2_5_1_5b", 4, 6000)]
+)
+def test_real_scale_recipes_run_on_eight_gpus(name, accumulate, max_steps):
+    """From the YAML itself: the golden dumps are written with another accelerator and number of devices."""
+    trainer = catalog.compose(ROOT / "recipes" / f"{name}.yaml")["trainer"]
+    callbacks = [callback["class_path"].rpartition(".")[2] for callback in trainer.pop("callbacks")]
+    loggers = [logger["class_path"].rpartition(".")[2] for logger in trainer.pop("logger")]
+    assert callbacks == ["Checkpoints", "LearningRateMonitor", "WeightDrift", "Samples"]
+    assert loggers == ["MetricsCSV", "TensorBoardLogger"]
+    assert trainer == {
+        "accelerator": "gpu",
+        "devices": 8,
+        "strategy": "fsdp2",
+        "precision": "bf16-mixed",
+        "accumulate_grad_batches": accumulate,
+        "max_steps": max_steps,
+        "max_epochs": 1,
+        "val_check_interval": 500 * accumulate,
+        "check_val_every_n_epoch": None,
+        "num_sanity_val_steps": 0,
+        "gradient_clip_val": 1.0,
+        "log_every_n_steps": 10,
+        "enable_model_summary": False,
+        "use_distributed_sampler": False,
+    }
 
 
 @pytest.mark.parametrize(("name", "tokens"), [("efficient_dlm_qwen3_4b", 25e9), ("fast_dllm_v2_qwen2_5_1_5b", 3.15e9)])
