@@ -1,6 +1,7 @@
 """The Denoiser: a decoder-only transformers model that is shown views and predicts the tokens asked for.
 
-Shapes: B rows, S tokens of a row of the view, N tokens asked for, D hidden size, V vocabulary.
+Shapes: B rows, S tokens of a row of the view, K tokens of a row that the view looks at (S, and before them the cached
+context), N tokens asked for, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -11,12 +12,47 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
 
 from dlm_lightning import attention
 from dlm_lightning.view import View, predictors, sees
 
 CHUNK = 2048  # tokens whose logits exist at the same time
+
+
+class Cache:
+    """The context that forwards with this cache have seen: keys and values of each layer, coordinates, hidden states.
+
+    Each forward adds its tokens of copy 0, which come first in its view, and leaves nothing of its noisy copies. Logits
+    are those of a forward without a cache as long as no token that is kept sees one that is shown later.
+    """
+
+    def __init__(self) -> None:
+        self.layers = DynamicCache()
+        self.views: list[View] = []  # by the forward that added them, as are the hidden states
+        self.hidden_BSD: list[Tensor] = []
+
+    @property
+    def size(self) -> int:
+        """Tokens per row."""
+        return sum(view.ids_BS.shape[1] for view in self.views)
+
+    def beside(self, view: View) -> View:
+        """The context and then the view, [B, K]; ValueError unless the view's copy 0 is its first columns."""
+        context_BS = view.copy_BS == 0
+        if (context_BS.any(0) != context_BS.all(0)).any() or (context_BS[:, 1:] & ~context_BS[:, :-1]).any():
+            raise ValueError("with a cache, tokens of copy 0 come before all others, in the same columns of all rows")
+        return View.beside([*self.views, view])
+
+    def extend(self, view: View, hidden_BSD: Tensor) -> Tensor:
+        """Keep a forward's tokens of copy 0 and drop the others; returns the hidden states [B, K, D] of `beside`."""
+        hidden_BKD = torch.cat([*self.hidden_BSD, hidden_BSD], dim=1)
+        size = int((view.copy_BS[0] == 0).sum())
+        self.layers.crop(size - view.ids_BS.shape[1])
+        if size:
+            self.views.append(view[:, :size])
+            self.hidden_BSD.append(hidden_BSD[:, :size])
+        return hidden_BKD
 
 
 class Denoiser(nn.Module):
@@ -50,21 +86,28 @@ class Denoiser(nn.Module):
         banned_V[sorted(set(token_ids) - {mask_id})] = False
         self.register_buffer("banned_V", banned_V, persistent=False)
 
-    def forward(self, view: View, keep_N: Tensor, target_N: Tensor | None = None) -> Tensor:
+    def forward(self, view: View, keep_N: Tensor, target_N: Tensor | None = None, cache: Cache | None = None) -> Tensor:
         """Logits [N, V] of the tokens at the flat indices `keep_N` of [B·S], or with targets their −log p [N].
 
         −log p is computed chunk by chunk and recomputed in the backward pass: no tensor of N × V is kept. Tokens
         without a predecessor (the first of a document in its row, under shift) must not be asked for.
+
+        With a cache the view holds only tokens that are new, and looks at the cached context too; afterwards its tokens
+        of copy 0 are part of that context. ValueError if they are not its first columns.
         """
+        keys = view if cache is None else cache.beside(view)
         hidden_BSD = self.network.base_model(
             input_ids=view.ids_BS,
             position_ids=view.position_BS,
-            use_cache=False,
-            attention_plan=attention.plan(view, self.predicate),
+            past_key_values=None if cache is None else cache.layers,
+            use_cache=cache is not None,
+            attention_plan=attention.plan(view, self.predicate, keys),
         ).last_hidden_state
-        read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
-        row_N = keep_N // view.ids_BS.shape[1] * view.ids_BS.shape[1]
-        hidden_ND = hidden_BSD.flatten(0, 1)[row_N + read_BS.flatten()[keep_N]]
+        hidden_BKD = hidden_BSD if cache is None else cache.extend(view, hidden_BSD)
+        S, K = view.ids_BS.shape[1], keys.ids_BS.shape[1]
+        read_BS = predictors(keys, self.mask_id, self.shift, self.first_token)[:, K - S :]
+        row_N = keep_N // S * K
+        hidden_ND = hidden_BKD.flatten(0, 1)[row_N + read_BS.flatten()[keep_N]]
         if target_N is None:
             return self._logits(hidden_ND)
         chunks = zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True)

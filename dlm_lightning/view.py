@@ -86,9 +86,9 @@ def sees(q: View, k: View) -> Tensor:
     return (k.document_BS == q.document_BS) & (context | group)
 
 
-def attention_mask(view: View, predicate=sees) -> Tensor:
-    """The predicate applied to all pairs of a view's tokens: bool [B, S, S], query first."""
-    return predicate(view[:, :, None], view[:, None, :])
+def attention_mask(view: View, predicate=sees, keys: View | None = None) -> Tensor:
+    """The predicate applied to all pairs of a view's tokens and `keys`, by default its own: bool [B, S, K]."""
+    return predicate(view[:, :, None], (keys or view)[:, None, :])
 
 
 def groups(position_BL: Tensor, document_BL: Tensor, block_size: int | None) -> Tensor:

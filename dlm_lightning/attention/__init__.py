@@ -17,22 +17,26 @@ NAME = "dlm_lightning"
 Plan = dense.Plan | flash.Plan
 
 
-def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan:
-    """The plan of the fastest installed backend that computes exactly what the predicate says for this view."""
-    return flash.plan(view, predicate) or dense.plan(view, predicate)
+def plan(view: View, predicate: Callable[[View, View], Tensor], keys: View | None = None) -> Plan:
+    """The plan of the fastest installed backend that computes exactly what the predicate says for this view.
+
+    `keys`, by default the view itself, are the tokens it looks at: with a cache, the context and then the view.
+    """
+    fast = flash.plan(view, predicate) if keys is None or keys is view else None
+    return fast or dense.plan(view, predicate, keys)
 
 
 def attend(
-    module, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, attention_mask=None, *, attention_plan: Plan, **options
+    module, q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, attention_mask=None, *, attention_plan: Plan, **options
 ) -> tuple[Tensor, None]:
     """The attention function of the transformers interface; returns [B, S, H, D] and no weights.
 
-    H query heads, G key and value heads. Refuses what no backend computes: sliding windows, soft caps, sinks.
+    H query heads, G key and value heads, K keys. Refuses what no backend computes: sliding windows, soft caps, sinks.
     """
     for name in ("sliding_window", "softcap", "s_aux"):
         if options.get(name) is not None:
             raise ValueError(f"{type(module).__name__} asks for {name}, which this attention does not compute")
-    return attention_plan.attend(q_BHSD, k_BGSD, v_BGSD, options.get("scaling")), None
+    return attention_plan.attend(q_BHSD, k_BGKD, v_BGKD, options.get("scaling")), None
 
 
 AttentionInterface.register(NAME, attend)

@@ -59,6 +59,25 @@ def test_dense_is_softmax_over_what_is_seen(make_batch, heads, kv_heads, scaling
     assert all(torch.allclose(a, b) for a, b in zip(mine, theirs, strict=True))
 
 
+@pytest.mark.parametrize("heads, kv_heads", [(4, 4), (4, 2), (4, 1)])
+@pytest.mark.parametrize("pattern", [Pattern(3, "clean"), Pattern(None), AUTOREGRESSIVE], ids=str)
+def test_a_view_with_keys_before_its_own_attends_as_the_rows_of_the_whole(make_batch, heads, kv_heads, pattern):
+    batch = packed(make_batch)
+    view = pattern.lay_out(batch, [batch.maskable_BL], MASK)
+    q_BHKD, k_BGKD, v_BGKD = qkv(view, heads, kv_heads)
+    new = slice(7, None)
+    plan = attention.plan(view[:, new], sees, view)
+    out_BSHD, _ = attention.attend(nn.Identity(), q_BHKD[:, :, new], k_BGKD, v_BGKD, attention_plan=plan, scaling=0.7)
+    assert torch.allclose(out_BSHD, naive(q_BHKD, k_BGKD, v_BGKD, attention_mask(view), 0.7)[:, new])
+
+
+def test_only_a_view_that_looks_at_itself_is_for_flash(make_batch, monkeypatch):
+    monkeypatch.setattr(flash, "plan", lambda *_: "runs")
+    view = AUTOREGRESSIVE.lay_out(packed(make_batch), [], MASK)
+    assert attention.plan(view, sees) == attention.plan(view, sees, view) == "runs"
+    assert isinstance(attention.plan(view[:, 3:], sees, view), dense.Plan)
+
+
 @pytest.mark.parametrize("option", ["sliding_window", "softcap", "s_aux"])
 def test_what_no_backend_computes_is_refused_by_name(make_batch, option):
     batch = packed(make_batch)

@@ -7,7 +7,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning.decode.blockwise import decode
-from dlm_lightning.view import AUTOREGRESSIVE, Pattern
+from dlm_lightning.view import AUTOREGRESSIVE, Pattern, sees
 
 MASK = 300
 PROMPT = [17, 250, 3, 99, 41, 8]
@@ -82,6 +82,67 @@ def test_training_on_the_noisy_predecessor_does_not_change_decoding(make_denoise
     pattern = PATTERNS["clean"]
     decoded = decode(denoiser, PROMPT, pattern, 7, 1.0, eos_id=None)
     assert decoded.ids == by_loops(plain_logits, denoiser, pattern, 7, 1.0)
+
+
+def forwards(denoiser, *args, cached: bool, **options):
+    """What was decoded, and of each forward the tokens that passed the network and the logits."""
+    widths, logits = [], []
+    hooks = [
+        denoiser.network.get_input_embeddings().register_forward_hook(
+            lambda _, ids, __: widths.append(ids[0].shape[1])
+        ),
+        denoiser.register_forward_hook(lambda _, __, out: logits.append(out[:, :300])),
+    ]
+    decoded = decode(denoiser, *args, eos_id=None, cached=cached, **options)
+    for hook in hooks:
+        hook.remove()
+    return decoded, widths, logits
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+@pytest.mark.parametrize("shift, first_token", [("none", "clean"), ("next_token", "clean"), ("next_token", "noisy")])
+@pytest.mark.parametrize("context_rank", ["block", "causal"])
+def test_cached_decoding_equals_uncached(make_denoiser, family, tied, shift, first_token, context_rank):
+    denoiser = make_denoiser(family, tied, shift=shift, first_token=first_token)
+    pattern = Pattern(4, "clean", context_rank)
+    for prompt in (
+        PROMPT[:2],
+        PROMPT[:4],
+        PROMPT,
+        PROMPT * 2,
+    ):  # in the first block, all of it, beyond it, three blocks
+        decoded, _, logits = forwards(denoiser, prompt, pattern, 9, 0.2, cached=True)
+        expected, _, expected_logits = forwards(denoiser, prompt, pattern, 9, 0.2, cached=False)
+        assert decoded.ids == expected.ids and decoded.canvases == expected.canvases
+        for cached_NV, plain_NV in zip(logits, expected_logits, strict=True):
+            assert (cached_NV - plain_NV).abs().max() <= 1e-5 * plain_NV.abs().max()
+
+
+def test_a_finished_block_passes_the_network_once(make_denoiser):
+    denoiser = make_denoiser()
+    decoded, widths, _ = forwards(denoiser, PROMPT, PATTERNS["clean"], 7, 1.0, cached=True)
+    assert widths == [8, 4, 8, 4, 4, 4, 5] and decoded.tokens_per_forward == 1
+    assert forwards(denoiser, PROMPT, PATTERNS["clean"], 7, 1.0, cached=False)[1] == [8, 8, 12, 12, 12, 12, 13]
+
+
+@pytest.mark.parametrize("pattern", [PATTERNS["noisy"], PATTERNS["full"], AUTOREGRESSIVE], ids=["noisy", "full", "ar"])
+def test_without_a_clean_context_nothing_is_cached(make_denoiser, pattern):
+    denoiser = make_denoiser(shift="next_token")
+    cached, plain = (forwards(denoiser, PROMPT, pattern, 7, 1.0, cached=cached) for cached in (True, False))
+    assert cached[:2] == plain[:2]
+
+
+def test_masks_in_a_prompt_are_filled_without_a_cache(make_denoiser):
+    prompt = [PROMPT[0], MASK, *PROMPT[2:]]
+    cached, plain = (forwards(make_denoiser(), prompt, PATTERNS["clean"], 7, 1.0, cached=c) for c in (True, False))
+    assert cached[:2] == plain[:2] and MASK not in cached[0].ids
+
+
+def test_under_a_predicate_of_its_own_a_recipe_decodes_without_a_cache(make_denoiser):
+    denoiser = make_denoiser(predicate=lambda q, k: sees(q, k) | (q.copy_BS == 0))  # context that sees what comes later
+    cached, plain = (forwards(denoiser, PROMPT, PATTERNS["clean"], 7, 1.0, cached=cached) for cached in (True, False))
+    assert cached[:2] == plain[:2]
 
 
 @by_pattern
