@@ -36,7 +36,6 @@ UNKNOWN_KEYS = {
     "trainer.zzzz": "there is no key trainer.zzzz",
     "model.init_args.zzzz": "model.zzzz: BlockCausal takes no such key",
     "zzzz": "there is no key zzzz",
-    "ckpt_path": "ckpt_path is an option of dlm fit: --ckpt_path PATH",
 }
 
 
@@ -155,6 +154,12 @@ def test_the_run_folder_is_not_moved_by_a_configuration_file(refused, small, tmp
     (tmp_path / "more.yaml").write_text("trainer: {default_root_dir: elsewhere}")
     said = refused("fit", "block_causal", *small(), "--config", "more.yaml", "--run", "a", cwd=tmp_path)
     assert said == "trainer.default_root_dir is the run folder; name it by --run DIR"
+
+
+@pytest.mark.parametrize("option", ["run", "ckpt_path"])
+def test_an_option_that_is_written_as_a_key(option, refused, small, tmp_path):
+    said = refused("fit", "block_causal", *small(), f"{option}=a", cwd=tmp_path)
+    assert said == f"{option} is an option of dlm fit: --{option} PATH"
 
 
 def test_a_run_folder_needs_a_name(refused, small, tmp_path):

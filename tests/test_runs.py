@@ -63,15 +63,12 @@ def test_the_processes_of_other_local_ranks_use_the_parents_folder(tmp_path, mon
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["1"]
 
 
-def test_a_run_that_began_is_not_discarded():
-    begun, not_begun = runs.create("a", None), runs.create("a", None)
-    (begun / runs.METRICS).touch()
-    (not_begun / runs.CONFIG).touch()
-    (not_begun / "drift").mkdir()
-    runs.discard(begun)
-    runs.discard(not_begun)
-    assert begun.is_dir()
-    assert not not_begun.exists()
+def test_a_discarded_run_leaves_its_neighbours():
+    kept, discarded = runs.create("a", None), runs.create("a", None)
+    (discarded / runs.CONFIG).touch()
+    (discarded / "drift").mkdir()
+    runs.discard(discarded)
+    assert kept.is_dir() and not discarded.exists()
 
 
 def test_open_run_gives_back_what_was_noted(tmp_path):
