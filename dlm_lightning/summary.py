@@ -107,7 +107,7 @@ def places(run: Path) -> Table:
         checkpoint.FOLDER: "what `dlm resume` continues from",
         FOLDER: "drift.parquet and a heat map per measured step",
         "samples": "continuations at each validation",
-        "model": "the finished network as a Hugging Face folder",
+        SAVED_MODEL: "the finished network as a Hugging Face folder",
     }
     table = Table(title=f"where everything lies: {run}", title_justify="left", show_header=False)
     for name, about in contents.items():
