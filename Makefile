@@ -5,6 +5,8 @@ SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
 export HF_HUB_OFFLINE ?= 1
+# the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
+export PYTHONDONTWRITEBYTECODE :=
 
 .PHONY: dev demo test test-all test-slow check
 dev: .venv/ready
@@ -12,7 +14,7 @@ dev: .venv/ready
 .venv/ready: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; set PYTHON="; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
+	$(BIN)/pip install --quiet --no-compile --disable-pip-version-check --constraint constraints.txt --editable '.[dev]'
 	@# type checkers cannot follow the editable install's mapping; these links, made after it, show them the way
 	@ln -sfn ../recipes dlm_lightning/recipes; ln -sfn ../callbacks dlm_lightning/callbacks; ln -sfn ../configs dlm_lightning/configs
 	@touch $@
