@@ -56,6 +56,11 @@ def test_random_weights_start_near_a_uniform_guess(loss, word):
     assert verdict(loss, pretrained=False).startswith(f"{word}") and "random weights" in verdict(loss, pretrained=False)
 
 
+def test_random_weights_have_no_source_to_speak_of():
+    assert "the network's own next-token NLL 3.21" in line(GUESS, pretrained=False)
+    assert "source" not in line(GUESS, pretrained=False)
+
+
 def test_an_autoregressive_model_has_no_masked_loss_to_judge():
     said = line(None, ar_nll=6.5)
     assert said == (
