@@ -65,6 +65,8 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.default_root_dir is the run folder; name it by --run DIR")
     if cli.config.trainer.use_distributed_sampler:
         raise ValueError("trainer.use_distributed_sampler must be false: the data module shares out its own stream")
+    if cli.trainer.val_check_interval == 0:
+        raise ValueError("trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out")
     if isinstance(cli.trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
     return cli

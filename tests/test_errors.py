@@ -104,6 +104,8 @@ VALUES = {
     "trainer.default_root_dir=elsewhere": "trainer.default_root_dir is the run folder; name it by --run DIR",
     "trainer.strategy=ddp_spawn": "trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2",
     "trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler must be false",
+    "trainer.val_check_interval=0": "trainer.val_check_interval must not be 0; trainer.limit_val_batches=0",
+    "data.vocab_size=300": "data.vocab_size must be null: the source brings its own tokenizer",
     "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
     "trainer.limit_train_batches=0": "the run ended at step 0 of 6: the trainer's limit_train_batches",
     "trainer.accelerator=abacus": "You selected an invalid accelerator name: `accelerator='abacus'`.",

@@ -36,7 +36,7 @@ class TokenData(L.LightningDataModule):
         row_length: tokens per row.
         batch_size: rows per device and micro-batch.
         val_rows: rows of the validation split to use, evenly spread, over all ranks; null uses all.
-        vocab_size: train a byte-level BPE of this size on the training split, for a model without a source.
+        vocab_size: train a byte-level BPE of this size on the training split; only for a model without a source.
         seed: decides the order of the samples and their noise, and nothing else.
         num_workers: processes that load batches.
         cache_dir: where tokenised rows and trained tokenizers are kept; `$XDG_CACHE_HOME/dlm_lightning` by default.
@@ -146,6 +146,8 @@ class TokenData(L.LightningDataModule):
     def _packed(self, split: Split) -> datasets.Dataset:
         if self.tokenizer is None:
             recipe = self.trainer.lightning_module
+            if recipe.source and self.vocab_size is not None:
+                raise ValueError("data.vocab_size must be null: the source brings its own tokenizer")
             self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
             if self.tokenizer.eos_token_id is None:
                 raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
