@@ -37,7 +37,7 @@ def sentence(error: BaseException) -> str:
     if match := re.match(r"Problem with given class_path '([^']+)': (.*)", reason):
         path, reason = match.groups()
         if match := re.match(r"Option '([^']+)' is not accepted", reason):
-            return f"{key}.{match[1]}: {_last(path)} takes no such key{nearest(match[1], _parameters(path))}"
+            return f"{key}.{match[1]}: {_last(path)} takes no such key{nearest(match[1], parameters(path))}"
         if match := _IN_YAML.match(reason) or _AS_OVERRIDE.match(reason):
             group, name = match.groups()
             return f"{key}.{group}.{name}: there is no such key{nearest(name, _fields(path, group))}"
@@ -100,14 +100,15 @@ def _unknown(key: str) -> str:
     return f"there is no key {key}{meant.removesuffix('?')}.{rest}?" if meant else f"there is no key {key}"
 
 
-def _parameters(path: str) -> dict[str, inspect.Parameter]:
+def parameters(path: str) -> dict[str, inspect.Parameter]:
+    """What a class can be given, its bases included, by the class's full path."""
     cls = getattr(importlib.import_module(path.rsplit(".", 1)[0]), _last(path))
     signatures = [inspect.signature(parent.__init__, eval_str=True).parameters for parent in reversed(cls.__mro__)]
     return {name: parameter for signature in signatures for name, parameter in signature.items() if name != "self"}
 
 
 def _fields(path: str, group: str) -> list[str]:
-    parameter = _parameters(path).get(group)
+    parameter = parameters(path).get(group)
     return list(getattr(parameter.annotation, "__dataclass_fields__", [])) if parameter else []
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import re
 from pathlib import Path
 
 import pytest
+from lightning import Trainer
 
 from dlm_lightning import catalog
+from dlm_lightning.errors import parameters
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -46,8 +49,8 @@ def test_recipes_and_keys_in_commands_exist(path):
         if name in ("RECIPE", "path", "mine"):
             continue
         config = catalog.compose(catalog.find(name).path)
-        for key in re.findall(r"\b(model|data|trainer)\.(\w+)=", words):
-            section = config[key[0]]
-            if key[0] != "trainer" and key[1] not in section["init_args"]:
-                source = (ROOT / "dlm_lightning" / "data" / "text_files.py").read_text()
-                assert f"{key[1]}:" in source, key
+        known = {"trainer": set(inspect.signature(Trainer).parameters)}
+        for section in ("model", "data"):
+            known[section] = set(parameters(config[section]["class_path"]))
+        for section, key in re.findall(r"\b(model|data|trainer)\.(\w+)=", words):
+            assert key in known[section], f"{section}.{key}"
