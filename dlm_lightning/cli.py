@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import sys
 import warnings
 from collections.abc import Sequence
+from itertools import takewhile, zip_longest
 from pathlib import Path
+from textwrap import wrap
 
 from dlm_lightning import __version__, catalog, runs
 from dlm_lightning.errors import sentence
@@ -112,16 +115,21 @@ def _list() -> int:
     for title, (package, base) in catalog.PLUGINS.items():
         found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]
         tables[title] = [(name, about, module) for module, name, about in found]
+    width = max(len(name) for rows in tables.values() for name, *_ in rows)
+    columns = max(40, shutil.get_terminal_size().columns - width - 4)
     for title, rows in tables.items():
         print(title)
         for name, about, origin in rows:
-            print(f"  {name:<20} {about}\n  {'':<20} from {origin}")
+            for start, line in zip_longest([name], [*wrap(about, columns), f"from {origin}"], fillvalue=""):
+                print(f"  {start:<{width}}  {line}")
     return 0
 
 
 def _title(path: Path) -> str:
-    first = path.read_text(encoding="utf-8").split("\n", 1)[0]
-    return first.removeprefix("#").strip() if first.startswith("#") else "no description"
+    """The first sentence of the comment that a YAML begins with."""
+    lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
+    comment = " ".join(line.lstrip("# ") for line in lines)
+    return comment.split(". ")[0].rstrip(".") + "." if comment else "no description"
 
 
 if __name__ == "__main__":

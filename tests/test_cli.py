@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -52,12 +53,13 @@ def test_the_installed_command_is_this_one(tmp_path):
 def test_list_names_recipes_data_and_callbacks_with_what_they_do(typed, tmp_path):
     said = typed("list", cwd=tmp_path)
     assert (said.code, said.err) == (0, "")
-    lines = [line.strip() for line in said.out.splitlines()]
+    text = " ".join(said.out.split())
     for recipe in RECIPES:
-        first = (SHIPPED / f"{recipe}.yaml").read_text().split("\n")[0].lstrip("# ")
-        assert any(line.startswith(recipe) and line.endswith(first) for line in lines)
+        comment = (SHIPPED / f"{recipe}.yaml").read_text().split("\nextends:")[0]
+        sentence = " ".join(comment.replace("#", "").split()).split(". ")[0].rstrip(".")
+        assert f"{recipe} {sentence}. from dlm_lightning " in text
     for name in ("TextFiles", "ShortAnswers", "WeightDrift", "Samples"):
-        assert any(line.startswith(name) for line in lines)
+        assert re.search(rf"{name} [^.]+\. from dlm_lightning\.", text.replace("000100.txt", ""))
 
 
 # Help and configuration
