@@ -128,7 +128,7 @@ def _list() -> int:
 def _title(path: Path) -> str:
     """The first sentence of the comment that a YAML begins with."""
     lines = takewhile(lambda line: line.startswith("#"), path.read_text(encoding="utf-8").splitlines())
-    comment = " ".join(line.lstrip("# ") for line in lines)
+    comment = " ".join(line.lstrip("# ") for line in lines).strip()
     return comment.split(". ")[0].rstrip(".") + "." if comment else "no description"
 
 
