@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 
 class Document(NamedTuple):
-    """Token ids, of which the first `prompt` are shown but never masked nor scored."""
+    """Token ids, and for each whether it may be masked and scored; the others are shown only."""
 
-    ids: list[int]
-    prompt: int = 0
+    ids: Sequence[int]
+    maskable: Sequence[bool]
 
 
 class Row(NamedTuple):
@@ -41,7 +41,7 @@ def pack(documents: Iterable[Document], length: int, pad_id: int, split: bool) -
     starts a new row, and what is longer than a row is cut at its end.
     """
     row, filled, count = blank(length, pad_id), 0, 0
-    for ids, prompt in documents:
+    for ids, maskable in documents:
         done = 0
         stop = len(ids) if split else min(len(ids), length)
         while done < stop:
@@ -53,7 +53,7 @@ def pack(documents: Iterable[Document], length: int, pad_id: int, split: bool) -
             row.ids[here] = ids[done : done + take]
             row.position[here] = np.arange(done, done + take)
             row.document[here] = count
-            row.maskable[here] = np.arange(done, done + take) >= prompt
+            row.maskable[here] = maskable[done : done + take]
             row.maskable[filled] = False  # its predecessor is not in the row
             done, filled, count = done + take, filled + take, count + 1
     if filled:

@@ -6,7 +6,7 @@ import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from dlm_lightning.data.token_data import Split, TokenData
+from dlm_lightning.data.token_data import Span, Split, TokenData
 
 
 def _letters(rng: random.Random) -> str:
@@ -56,8 +56,8 @@ class ShortAnswers(TokenData):
             raise ValueError(f"data.samples must lie between 10 and {MOST_SAMPLES}, not {samples}")
         self.tasks, self.samples = list(tasks), samples
 
-    def texts(self, split: Split) -> Iterator[tuple[str, str]]:
-        """Distinct (prompt, answer) pairs, drawn by a generator of their own; each eleventh is for validation."""
+    def texts(self, split: Split) -> Iterator[list[Span]]:
+        """Distinct prompts with their answers, drawn by a generator of their own; each eleventh is for validation."""
         rng, seen = random.Random(0), set[str]()
         while len(seen) < self.samples + self.samples // 10:
             task = rng.choice(self.tasks)
@@ -66,7 +66,7 @@ class ShortAnswers(TokenData):
             if prompt not in seen:
                 seen.add(prompt)
                 if (len(seen) % 11 == 0) == (split == "val"):
-                    yield prompt, " " + answer
+                    yield [Span(prompt, maskable=False), Span(f" {answer}")]
 
     def identity(self) -> str:
         """The tasks and the number of samples."""

@@ -11,7 +11,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dlm_lightning.data.token_data import Split, TokenData
+from dlm_lightning.data.token_data import Span, Split, TokenData
 
 TESTS = {"test", "tests", "idle_test"}
 GENERATED = {"encodings", "pydoc_data"}  # tables that are alike across files, and one file as long as all of a split
@@ -66,11 +66,11 @@ class TextFiles(TokenData):
             inside = (file for file in match.rglob("*") if file.suffix in self.suffixes and file.is_file())
             yield from (Path(os.path.normpath(file)) for file in (inside if match.is_dir() else [match]))
 
-    def texts(self, split: Split) -> Iterator[tuple[str, str]]:
+    def texts(self, split: Split) -> Iterator[list[Span]]:
         """The files of a split that are not empty, in the order of a hash of their names."""
         for _, path in self._split()[split]:
             if text := path.read_text(encoding="utf-8", errors="replace"):
-                yield "", text
+                yield [Span(text)]
 
     def identity(self) -> str:
         """Names, sizes and times of the files, and the share that is kept for validation."""

@@ -5,10 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 from abc import abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, NamedTuple
 
 import datasets
 import lightning as L
@@ -27,6 +27,13 @@ FEATURES = datasets.Features(
     }
 )
 datasets.disable_progress_bars()
+
+
+class Span(NamedTuple):
+    """A piece of a document's text that is tokenised by itself, and whether it may be masked and scored."""
+
+    text: str
+    maskable: bool = True
 
 
 class TokenData(L.LightningDataModule):
@@ -69,8 +76,8 @@ class TokenData(L.LightningDataModule):
         self.counts_V = np.empty(0, int)
 
     @abstractmethod
-    def texts(self, split: Split) -> Iterator[tuple[str, str]]:
-        """The documents of a split in a fixed order, each as (prompt, text); the prompt is shown and never scored."""
+    def texts(self, split: Split) -> Iterator[Sequence[Span]]:
+        """The documents of a split in a fixed order, each as its spans; a prompt is a span that is not maskable."""
 
     @abstractmethod
     def identity(self) -> str:
@@ -171,19 +178,20 @@ class TokenData(L.LightningDataModule):
             raise ValueError(f"data: the {split} split is empty; it needs more documents")
 
     def _documents(self, split: Split) -> Iterator[Document]:
-        def tokens(text: str) -> list[int]:
-            return self.tokenizer(text, add_special_tokens=False)["input_ids"]
-
-        for prompt, text in self.texts(split):
-            prompt_ids = tokens(prompt) if prompt else []
-            yield Document([*prompt_ids, *tokens(text), self.tokenizer.eos_token_id], len(prompt_ids))
+        for spans in self.texts(split):
+            ids: list[int] = []
+            maskable: list[bool] = []
+            for span in spans:
+                ids += self.tokenizer(span.text, add_special_tokens=False)["input_ids"]
+                maskable += [span.maskable] * (len(ids) - len(maskable))
+            yield Document([*ids, self.tokenizer.eos_token_id], [*maskable, True])
 
     def _trained_tokenizer(self) -> Any:
         if self.vocab_size is None:
             raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
         folder = self.cache_dir / "tokenizers" / _digest(self.identity(), str(self.vocab_size))
         return trained_tokenizer(
-            lambda: (prompt + text for prompt, text in self.texts("train")), self.vocab_size, folder
+            lambda: ("".join(span.text for span in spans) for spans in self.texts("train")), self.vocab_size, folder
         )
 
     @cached_property

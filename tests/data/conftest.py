@@ -10,7 +10,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from dlm_lightning.data.token_data import TokenData
+from dlm_lightning.data.token_data import Span, TokenData
 
 
 class Facts(SimpleNamespace):
@@ -27,9 +27,11 @@ class Given(TokenData):
         super().__init__(**options)
         self.documents, self.name, self.reads = {"train": train, "val": val}, name, []
 
-    def texts(self, split) -> Iterator[tuple[str, str]]:
+    def texts(self, split) -> Iterator[list[Span]]:
         self.reads.append(split)
-        yield from (("", text) if isinstance(text, str) else text for text in self.documents[split])
+        for document in self.documents[split]:
+            prompt, text = ("", document) if isinstance(document, str) else document
+            yield [Span(prompt, maskable=False), Span(text)]
 
     def identity(self) -> str:
         return self.name

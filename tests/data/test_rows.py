@@ -15,7 +15,7 @@ PAD = 99
 @st.composite
 def document(draw):
     ids = draw(st.lists(st.integers(0, 98), max_size=12))
-    return Document(ids, draw(st.integers(0, len(ids))))
+    return Document(ids, [draw(st.booleans()) for _ in ids])
 
 
 documents = st.lists(document(), max_size=8)
@@ -25,13 +25,13 @@ lengths = st.integers(1, 8)
 def reference(documents, length, split):
     """Rows as lists of (id, position, document, maskable) of their real tokens, built token by token."""
     rows = [[]]
-    for number, (ids, prompt) in enumerate(documents):
+    for number, (ids, maskable) in enumerate(documents):
         if not split and len(rows[-1]) + min(len(ids), length) > length:
             rows.append([])
         for position, token in enumerate(ids if split else ids[:length]):
             if len(rows[-1]) == length:
                 rows.append([])
-            rows[-1].append((token, position, number, position >= prompt))
+            rows[-1].append((token, position, number, maskable[position]))
     numbered = []
     for row in filter(None, rows):
         here = list(dict.fromkeys(number for _, _, number, _ in row))
@@ -86,7 +86,8 @@ def test_rows_keep_their_shape_and_types(documents, length, split):
 
 
 def test_a_document_over_three_rows_counts_on_and_its_prompt_stays_unmaskable():
-    first, second, third = pack([Document([7], 0), Document(list(range(8)), prompt=5)], 4, PAD, split=True)
+    documents = [Document([7], [True]), Document(range(8), [False] * 5 + [True] * 3)]
+    first, second, third = pack(documents, 4, PAD, split=True)
     assert first.position.tolist() == [0, 0, 1, 2] and first.document.tolist() == [0, 1, 1, 1]
     assert second.position.tolist() == [3, 4, 5, 6] and second.document.tolist() == [0] * 4
     assert third.position.tolist() == [7, 0, 0, 0] and third.document[0] == 0
@@ -98,12 +99,12 @@ def test_a_document_over_three_rows_counts_on_and_its_prompt_stays_unmaskable():
 
 
 def test_rows_do_not_share_memory():
-    first, second = pack([Document([1, 2, 3, 4])], 2, PAD, split=True)
+    first, second = pack([Document([1, 2, 3, 4], [True] * 4)], 2, PAD, split=True)
     assert first.ids.tolist() == [1, 2] and second.ids.tolist() == [3, 4]
 
 
 @pytest.mark.parametrize("split", [True, False])
-@pytest.mark.parametrize("documents", [[], [Document([])]])
+@pytest.mark.parametrize("documents", [[], [Document([], [])]])
 def test_no_tokens_make_no_rows(documents, split):
     assert list(pack(documents, 4, PAD, split)) == []
 

@@ -29,11 +29,11 @@ def pairs():
 
 def test_every_answer_is_right(pairs):
     for prompt, answer in pairs["train"] + pairs["val"]:
-        assert answer == " " + right(prompt)
+        assert answer.text == " " + right(prompt.text) and answer.maskable and not prompt.maskable
 
 
 def test_prompts_are_distinct_and_in_one_split(pairs):
-    prompts = [prompt for split in pairs.values() for prompt, _ in split]
+    prompts = [prompt.text for split in pairs.values() for prompt, _ in split]
     assert len(prompts) == len(set(prompts))
 
 
@@ -46,14 +46,14 @@ def test_there_are_as_many_samples_as_asked_for_and_a_tenth_for_validation(sampl
 
 @pytest.mark.parametrize("split", ["train", "val"])
 def test_tasks_are_mixed_in_equal_parts(pairs, split):
-    counts = Counter(prompt.split()[0] for prompt, _ in pairs[split])
+    counts = Counter(prompt.text.split()[0] for prompt, _ in pairs[split])
     share = len(pairs[split]) / len(TASKS)
     assert set(counts) == set(TASKS)
     assert all(abs(count - share) < 4 * share**0.5 for count in counts.values())
 
 
 def test_only_the_tasks_asked_for_are_there():
-    tasks = {prompt.split()[0] for prompt, _ in ShortAnswers(tasks=["sort", "add"], samples=100).texts("train")}
+    tasks = {prompt.text.split()[0] for prompt, _ in ShortAnswers(tasks=["sort", "add"], samples=100).texts("train")}
     assert tasks == {"sort", "add"}
 
 
@@ -95,4 +95,4 @@ def test_in_the_rows_exactly_the_answers_are_maskable_and_no_document_is_split(r
             shown = data.tokenizer.decode(row["ids"][here & ~row["maskable"]])
             scored = data.tokenizer.decode(row["ids"][here & row["maskable"]])
             decoded.append((shown, scored))
-    assert decoded == [(prompt, answer + "<|endoftext|>") for prompt, answer in data.texts("train")]
+    assert decoded == [(prompt.text, f"{answer.text}<|endoftext|>") for prompt, answer in data.texts("train")]

@@ -99,7 +99,7 @@ def test_validation_takes_spread_rows_once_in_equally_many_batches(take, more, b
 
 @pytest.fixture
 def rows():
-    packed = list(pack([Document(list(range(n, 2 * n))) for n in range(1, 7)], LENGTH, PAD, split=True))
+    packed = list(pack([Document(range(n, 2 * n), [True] * n) for n in range(1, 7)], LENGTH, PAD, split=True))
     return packed, datasets.Dataset.from_list([row._asdict() for row in packed]).with_format("numpy")
 
 

@@ -23,7 +23,7 @@ def names(data):
 
 
 def texts(data, *splits):
-    return [text for split in splits for _, text in data.texts(split)]
+    return [span.text for split in splits for [span] in data.texts(split)]
 
 
 def test_the_default_is_the_standard_library_without_its_tests_and_tables():

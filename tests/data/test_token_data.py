@@ -25,7 +25,7 @@ def columns(rows):
 
 def test_rows_are_the_packed_documents_each_closed_by_end_of_text(given, ready):
     data = ready(given(TRAIN, val=[("ab", "cd")]))
-    documents = [Document([IDS[letter] for letter in text] + [0]) for text in TRAIN]
+    documents = [Document([*(IDS[c] for c in text), 0], [True] * (len(text) + 1)) for text in TRAIN]
     expected = [row._asdict() for row in pack(documents, 8, 0, split=True)]
     assert columns(data.rows["train"]) == columns(expected)
     row = columns(data.rows["val"])[0]
