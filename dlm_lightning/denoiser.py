@@ -114,7 +114,14 @@ class Denoiser(nn.Module):
         return torch.cat([checkpoint(self._nll, *chunk, use_reentrant=False) for chunk in chunks])
 
     def _logits(self, hidden_ND: Tensor) -> Tensor:
+        """The network's own readout, with what some families do to the logits after the head (a probe compares)."""
+        config = self.network.config
         logits_NV = self.network.get_output_embeddings()(hidden_ND).float()
+        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
+        if scale != 1:
+            logits_NV = logits_NV * scale
+        if cap := getattr(config, "final_logit_softcapping", None):
+            logits_NV = cap * torch.tanh(logits_NV / cap)
         return logits_NV.masked_fill_(self.banned_V, -torch.inf)
 
     def _nll(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:

@@ -86,9 +86,22 @@ def sees(q: View, k: View) -> Tensor:
     return (k.document_BS == q.document_BS) & (context | group)
 
 
-def attention_mask(view: View, predicate=sees, keys: View | None = None) -> Tensor:
-    """The predicate applied to all pairs of a view's tokens and `keys`, by default its own: bool [B, S, K]."""
-    return predicate(view[:, :, None], (keys or view)[:, None, :])
+def near(q: View, k: View, window: int) -> Tensor:
+    """Whether token k lies in a sliding window around token q: fewer than `window` positions away on either side.
+
+    For a token that sees no later ones this is the window that transformers' causal models have.
+    """
+    return (q.position_BS - k.position_BS).abs() < window
+
+
+def attention_mask(view: View, predicate=sees, keys: View | None = None, window: int | None = None) -> Tensor:
+    """The predicate applied to all pairs of a view's tokens and `keys`, by default its own: bool [B, S, K].
+
+    With a `window`, as a layer with sliding-window attention has, only pairs that are near are left.
+    """
+    q, k = view[:, :, None], (keys or view)[:, None, :]
+    seen_BSK = predicate(q, k)
+    return seen_BSK if window is None else seen_BSK & near(q, k, window)
 
 
 def groups(position_BL: Tensor, document_BL: Tensor, block_size: int | None) -> Tensor:

@@ -31,12 +31,13 @@ def attend(
 ) -> tuple[Tensor, None]:
     """The attention function of the transformers interface; returns [B, S, H, D] and no weights.
 
-    H query heads, G key and value heads, K keys. Refuses what no backend computes: sliding windows, soft caps, sinks.
+    H query heads, G key and value heads, K keys. Layers may have a sliding window and a soft cap on their scores.
+    Refuses what no backend computes: attention sinks.
     """
-    for name in ("sliding_window", "softcap", "s_aux"):
-        if options.get(name) is not None:
-            raise ValueError(f"{type(module).__name__} asks for {name}, which this attention does not compute")
-    return attention_plan.attend(q_BHSD, k_BGKD, v_BGKD, options.get("scaling")), None
+    if options.get("s_aux") is not None:
+        raise ValueError(f"{type(module).__name__} asks for attention sinks, which this attention does not compute")
+    wanted = (options.get(name) for name in ("scaling", "sliding_window", "softcap"))
+    return attention_plan.attend(q_BHSD, k_BGKD, v_BGKD, *wanted), None
 
 
 AttentionInterface.register(NAME, attend)

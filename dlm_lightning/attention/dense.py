@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,19 +14,55 @@ from dlm_lightning.view import View, attention_mask
 
 @dataclass(frozen=True)
 class Plan:
-    """A bool mask [B, 1, S, K], true where the query (third axis) sees the key; S = K without a cached context."""
+    """Who sees whom of a view [B, S] among the keys [B, K] it looks at; S = K without a cached context.
 
-    mask_B1SK: Tensor
+    The mask of each sliding window that layers ask for is made at the first of them, and kept.
+    """
 
-    def attend(self, q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, scaling: float | None) -> Tensor:
+    view: View
+    keys: View
+    predicate: Callable[[View, View], Tensor]
+    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+
+    def mask(self, window: int | None = None) -> Tensor:
+        """A bool mask [B, 1, S, K], true where the query (third axis) sees the key."""
+        if window not in self._masks:
+            self._masks[window] = attention_mask(self.view, self.predicate, self.keys, window).unsqueeze(1)
+        return self._masks[window]
+
+    def attend(
+        self,
+        q_BHSD: Tensor,
+        k_BGKD: Tensor,
+        v_BGKD: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
-        gqa = q_BHSD.shape[1] != k_BGKD.shape[1]
-        out_BHSD = F.scaled_dot_product_attention(
-            q_BHSD, k_BGKD, v_BGKD, attn_mask=self.mask_B1SK, scale=scaling, enable_gqa=gqa
-        )
+        mask_B1SK = self.mask(window)
+        if softcap is None:
+            gqa = q_BHSD.shape[1] != k_BGKD.shape[1]
+            out_BHSD = F.scaled_dot_product_attention(
+                q_BHSD, k_BGKD, v_BGKD, attn_mask=mask_B1SK, scale=scaling, enable_gqa=gqa
+            )
+        else:
+            out_BHSD = _softcapped(q_BHSD, k_BGKD, v_BGKD, mask_B1SK, scaling, softcap)
         return out_BHSD.transpose(1, 2).contiguous()
 
 
+def _softcapped(
+    q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask_B1SK: Tensor, scaling: float | None, softcap: float
+) -> Tensor:
+    """Attention whose scores pass c·tanh(score / c) before the softmax, as Gemma 2's: torch's kernels lack it."""
+    share = q_BHSD.shape[1] // k_BGKD.shape[1]
+    k_BHKD, v_BHKD = (x.repeat_interleave(share, dim=1) for x in (k_BGKD, v_BGKD))
+    scores_BHSK = q_BHSD @ k_BHKD.transpose(2, 3) * (scaling or q_BHSD.shape[-1] ** -0.5)
+    scores_BHSK = softcap * torch.tanh(scores_BHSK / softcap)
+    weights_BHSK = scores_BHSK.masked_fill(~mask_B1SK, -torch.inf).softmax(-1, dtype=torch.float32)
+    return weights_BHSK.to(v_BHKD.dtype) @ v_BHKD
+
+
 def plan(view: View, predicate: Callable[[View, View], Tensor], keys: View | None = None) -> Plan:
-    """The predicate's mask of a view on `keys`, by default itself, materialised."""
-    return Plan(attention_mask(view, predicate, keys).unsqueeze(1))
+    """The predicate's masks of a view on `keys`, by default itself, materialised."""
+    return Plan(view, keys or view, predicate)

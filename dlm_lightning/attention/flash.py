@@ -34,14 +34,24 @@ class Plan:
     longest: int
     causal: bool
 
-    def attend(self, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None) -> Tensor:
+    def attend(
+        self,
+        q_BHSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
         """Attention of H query heads over G key and value heads, document by document: [B, S, H, D]."""
         B, _, S, _ = q_BHSD.shape
         half = torch.bfloat16 if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
         flat = [x.transpose(1, 2).flatten(0, 1).to(half) for x in (q_BHSD, k_BGSD, v_BGSD)]
         runs = (self.starts, self.starts, self.longest, self.longest)
         attend: Any = kernel()
-        out = attend(*flat, *runs, softmax_scale=scaling, causal=self.causal)
+        reach = -1 if window is None else window - 1  # -1 is without end
+        options = {"softmax_scale": scaling, "window_size": (reach, reach), "softcap": softcap or 0.0}
+        out = attend(*flat, *runs, causal=self.causal, **options)
         return out.view(B, S, *out.shape[1:]).to(q_BHSD.dtype)
 
 

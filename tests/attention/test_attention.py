@@ -10,6 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from dlm_lightning import attention
 from dlm_lightning.attention import dense, flash
@@ -19,7 +20,7 @@ from dlm_lightning.view import AUTOREGRESSIVE, Pattern, attention_mask, sees
 MASK = 300
 
 
-def naive(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BSS: Tensor, scaling: float) -> Tensor:
+def naive(q_BHSD, k_BGSD, v_BGSD, mask_BSS: Tensor, scaling: float, softcap: float | None = None) -> Tensor:
     """[B, S, H, D]: softmax over the keys each query sees, query by query and head by head."""
     B, H, S, _ = q_BHSD.shape
     share = H // k_BGSD.shape[1]
@@ -29,7 +30,8 @@ def naive(q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, mask_BSS: Tensor, scal
             seen = mask_BSS[b, s].nonzero().squeeze(1)
             for h in range(H):
                 k_KD, v_KD = k_BGSD[b, h // share, seen], v_BGSD[b, h // share, seen]
-                weights_K = torch.exp(scaling * k_KD @ q_BHSD[b, h, s])
+                score_K = scaling * k_KD @ q_BHSD[b, h, s]
+                weights_K = torch.exp(softcap * torch.tanh(score_K / softcap) if softcap else score_K)
                 rows.append(weights_K / weights_K.sum() @ v_KD)
     return torch.stack(rows).view(B, S, H, -1)
 
@@ -78,14 +80,46 @@ def test_only_a_view_that_looks_at_itself_is_for_flash(make_batch, monkeypatch):
     assert isinstance(attention.plan(view[:, 3:], sees, view), dense.Plan)
 
 
-@pytest.mark.parametrize("option", ["sliding_window", "softcap", "s_aux"])
-def test_what_no_backend_computes_is_refused_by_name(make_batch, option):
+def windowed(view, window: int) -> Tensor:
+    """Who sees whom through a sliding window, pair by pair."""
+    mask_BSS = attention_mask(view).clone()
+    for b, q, k in mask_BSS.nonzero().tolist():
+        mask_BSS[b, q, k] = abs(view.position_BS[b, q] - view.position_BS[b, k]) < window
+    return mask_BSS
+
+
+@pytest.mark.parametrize("softcap", [None, 0.8])
+@pytest.mark.parametrize("window", [None, 1, 3, 100])
+@pytest.mark.parametrize("pattern", [Pattern(3, "clean"), Pattern(None), AUTOREGRESSIVE], ids=str)
+def test_layers_may_have_a_window_and_a_softcap_of_their_own(make_batch, pattern, window, softcap):
     batch = packed(make_batch)
-    view = AUTOREGRESSIVE.lay_out(batch, [], MASK)
+    view = pattern.lay_out(batch, [batch.maskable_BL], MASK)
     plan = attention.plan(view, sees)
-    with pytest.raises(ValueError, match=f"Identity asks for {option}"):
-        attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, **{option: 4})
-    attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, **{option: None})
+    inputs = qkv(view, 4, 2)
+    for own in (window, 2):  # two layers under one plan
+        options = {"sliding_window": own, "softcap": softcap, "scaling": 0.7}
+        out, _ = attention.attend(nn.Identity(), *inputs, attention_plan=plan, **options)
+        mask_BSS = windowed(view, own) if own else attention_mask(view)
+        expected = naive(*inputs, mask_BSS, 0.7, softcap)
+        assert torch.allclose(out, expected, atol=1e-6)
+        mine, theirs = (torch.autograd.grad((x**2).sum(), inputs) for x in (out, expected))
+        assert all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs, strict=True))
+
+
+def test_a_causal_window_is_that_of_transformers(make_batch):
+    view = AUTOREGRESSIVE.lay_out(make_batch([[12]]), [], MASK)
+    overlay = and_masks(sliding_window_overlay(4), causal_mask_function)
+    mask_SS = attention_mask(view, window=4)[0]
+    index = torch.arange(12)
+    assert torch.equal(mask_SS, overlay(0, 0, index[:, None], index))
+
+
+def test_sinks_which_no_backend_computes_are_refused(make_batch):
+    view = AUTOREGRESSIVE.lay_out(packed(make_batch), [], MASK)
+    plan = attention.plan(view, sees)
+    with pytest.raises(ValueError, match="Identity asks for attention sinks"):
+        attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, s_aux=torch.zeros(4))
+    attention.attend(nn.Identity(), *qkv(view, 4, 2), attention_plan=plan, s_aux=None)
 
 
 @pytest.mark.parametrize("view_of", [Pattern(None), AUTOREGRESSIVE, Pattern(3, "clean")], ids=str)
@@ -105,7 +139,9 @@ def on_device(view):
     return replace(view, ids_BS=SimpleNamespace(is_cuda=True))
 
 
-def packed_kernel(q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal):
+def packed_kernel(
+    q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal, window_size, softcap
+):
     """What flash-attn documents of `flash_attn_varlen_func`, by loops over the runs."""
     assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k) and longest_q == longest_k
     assert starts_q[0] == 0 and starts_q[-1] == len(q_ThD) and longest_q == starts_q.diff().max()
@@ -113,8 +149,10 @@ def packed_kernel(q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k,
     for first, last in pairwise(starts_q.tolist()):
         run = [x[first:last].transpose(0, 1)[None] for x in (q_ThD, k_TgD, v_TgD)]
         size = last - first
-        mask = torch.ones(1, size, size, dtype=torch.bool)
-        out.append(naive(*run, mask.tril() if causal else mask, softmax_scale)[0])
+        left, right = (size if reach < 0 else reach for reach in window_size)
+        distance = torch.arange(size)[:, None] - torch.arange(size)
+        mask = (distance <= left) & (-distance <= (0 if causal else right))
+        out.append(naive(*run, mask[None], softmax_scale, softcap)[0])
     return torch.cat(out)
 
 
@@ -127,8 +165,9 @@ def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch
     plan = flash.plan(on_device(view), sees)
     assert plan is not None
     inputs = qkv(view, 4, 2)
-    out_BSHD = plan.attend(*inputs, scaling=0.5)
-    assert torch.allclose(out_BSHD, dense.plan(view, sees).attend(*inputs, scaling=0.5))
+    for window, softcap in [(None, None), (3, None), (1, 2.0)]:
+        out_BSHD, expected = (p.attend(*inputs, 0.5, window, softcap) for p in (plan, dense.plan(view, sees)))
+        assert torch.allclose(out_BSHD, expected, atol=1e-6)
 
 
 def test_flash_leaves_other_predicates_and_views_to_the_mask(make_batch, monkeypatch):
