@@ -55,6 +55,11 @@ def _dispatch(argv: list[str]) -> int:
         ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
+    probe = commands.add_parser("probe", help="whether a source converts, and what it is, before anything is trained")
+    probe.add_argument("source", metavar="SOURCE", help="a hub id, a local folder, or a run folder")
+    probe.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="as of a recipe, such as data.paths='[my/texts]'"
+    )
     show = commands.add_parser("show", help="draw a recipe's attention pattern: who sees whom")
     show.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
     show.add_argument("overrides", metavar="key=value", nargs="*")
@@ -62,6 +67,11 @@ def _dispatch(argv: list[str]) -> int:
     args = parser.parse_args(argv)
     if args.command == "list":
         return _list()
+    if args.command == "probe":
+        from dlm_lightning.probe import probe as run_probe
+
+        run_probe(args.source, args.overrides)
+        return 0
     if args.command == "show":
         from dlm_lightning.picture import show as draw
 

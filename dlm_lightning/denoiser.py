@@ -82,8 +82,9 @@ class Denoiser(nn.Module):
         self.shift = shift
         self.first_token = first_token
         self.predicate = predicate
+        self.token_ids = sorted(set(token_ids) - {mask_id})
         banned_V = torch.ones(network.config.vocab_size, dtype=torch.bool)
-        banned_V[sorted(set(token_ids) - {mask_id})] = False
+        banned_V[self.token_ids] = False
         self.register_buffer("banned_V", banned_V, persistent=False)
 
     def forward(self, view: View, keep_N: Tensor, target_N: Tensor | None = None, cache: Cache | None = None) -> Tensor:

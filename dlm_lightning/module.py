@@ -14,15 +14,18 @@ from typing import Any, ClassVar, Literal
 import lightning as L
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from dlm_lightning import attention
 from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.layouts import Diffusion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
-from dlm_lightning.source import Source, build, build_config
+from dlm_lightning.sight import check_readout, check_sight
+from dlm_lightning.source import Source, build, build_config, stated
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
 
 FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
@@ -37,9 +40,12 @@ class Recipe(L.LightningModule):
         source: the AR model to start from: a hub id, a local folder, or a run folder of this project.
         config: without a source, the keys of a transformers config; `model_type` names the architecture.
         pretrained: start from the source's weights; false keeps its config and tokenizer and starts from random ones.
-        mask_token: id or text of the token that stands for a masked one; null takes the embedding row after the last
-            token, or adds one.
-        shift: `next_token` reads a masked token from the hidden state before it, `none` from its own.
+        mask_token: id or text of the token that stands for a masked one; null takes the one that a diffusion source
+            states, or else the embedding row after the last token, which is added if there is none.
+        mask_init: what the mask token's row starts from: `mean` of all rows, `random` around it, or a token's id or
+            text; null leaves a row that the source has, and takes the mean for an added one.
+        shift: `next_token` reads a masked token from the hidden state before it, `none` from its own; null takes what a
+            diffusion source states, and any other than that is refused.
         first_token: with shift, whether the first token of a block is read from the `clean` context, as in decoding, or
             from the `noisy` previous block.
         noise: which tokens are masked and what they weigh.
@@ -62,7 +68,8 @@ class Recipe(L.LightningModule):
         config: dict[str, Any] | None = None,
         pretrained: bool = True,
         mask_token: int | str | None = None,
-        shift: Literal["none", "next_token"] = "none",
+        mask_init: int | str | None = None,
+        shift: Literal["none", "next_token"] | None = "none",
         first_token: Literal["clean", "noisy"] = "clean",
         noise: Noise = NELBO,
         ar_weight: float = 0.0,
@@ -94,7 +101,8 @@ class Recipe(L.LightningModule):
             raise ValueError(f"model.betas must lie in [0, 1), not {betas}")
         self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
-        self.mask_token, self.shift, self.first_token = mask_token, shift, first_token
+        self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
+        self.shift: str = shift or stated(source, "shift")
         self.noise, self.ar_weight = noise, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas = weight_decay, betas
@@ -150,6 +158,12 @@ class Recipe(L.LightningModule):
         count = max(1.0, count.item())  # a number, because a DTensor divides by no plain tensor
         torch._foreach_div_([p.grad for p in self.denoiser.parameters() if p.grad is not None], count)
         self.log("train/loss", total / count, prog_bar=True)
+
+    def on_fit_start(self) -> None:
+        """Refuse a network that does not do what its views say; see `sight`."""
+        check_sight(self.denoiser, self.pattern)
+        if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
+            check_readout(self.denoiser)
 
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics.values():
@@ -207,24 +221,48 @@ class Recipe(L.LightningModule):
             config.vocab_size = len(self.tokenizer) + 1
             config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
             config.bos_token_id = None
-        if self.mask_token is None:
+        if self.mask_token is None and not self._trained:
             config.vocab_size = max(config.vocab_size, self.mask_id + 1)
         return config
+
+    @property
+    def _trained(self) -> Diffusion | None:
+        """How a source that is a diffusion model already was trained."""
+        return self.source.diffusion if self.source else None
 
     @cached_property
     def mask_id(self) -> int:
         """The embedding row of the mask token."""
-        vocabulary = self.tokenizer.get_vocab()
-        if self.mask_token is None:
-            return 1 + max(vocabulary.values())
-        if isinstance(self.mask_token, str) and self.mask_token not in vocabulary:
-            raise ValueError(f"model.mask_token: the tokenizer has no token {self.mask_token!r}")
-        mask_id = vocabulary[self.mask_token] if isinstance(self.mask_token, str) else self.mask_token
-        if not 0 <= mask_id < self.model_config.vocab_size:
+        trained = self._trained
+        if self.mask_token is None and trained is None:
+            return 1 + max(self.tokenizer.get_vocab().values())
+        wanted = self.mask_token if self.mask_token is not None or trained is None else trained.mask_id
+        if wanted is None:
+            raise ValueError(f"model.mask_token must be named: {self.source_name} does not state the one it has")
+        mask_id = self._row("mask_token", wanted)
+        if trained and trained.mask_id not in (None, mask_id):
             raise ValueError(
-                f"model.mask_token: id {mask_id} is outside the vocabulary of {self.model_config.vocab_size} rows"
+                f"model.mask_token: id {mask_id}, but {self.source_name} was trained with {trained.mask_id}"
             )
         return mask_id
+
+    @property
+    def mask_row(self) -> tuple[int, int | str] | None:
+        """The mask token's row and what it starts from, where `mask_init` says so; see `source.build`."""
+        if self.mask_init is None:
+            return None
+        named = self.mask_init in ("mean", "random")
+        return self.mask_id, self.mask_init if named else self._row("mask_init", self.mask_init)
+
+    def _row(self, key: str, token: int | str) -> int:
+        """The embedding row of a token by its id or text; the key names it in a refusal."""
+        vocabulary, rows = self.tokenizer.get_vocab(), self.model_config.vocab_size
+        if isinstance(token, str) and token not in vocabulary:
+            raise ValueError(f"model.{key}: the tokenizer has no token {token!r}")
+        row = vocabulary[token] if isinstance(token, str) else token
+        if not 0 <= row < rows:
+            raise ValueError(f"model.{key}: id {row} is outside the vocabulary of {rows} rows")
+        return row
 
     def configure_model(self) -> None:
         """Build the Denoiser, sharded where the strategy shards."""
@@ -232,13 +270,21 @@ class Recipe(L.LightningModule):
             return
         source = self.source if self.pretrained else None
         shards = getattr(getattr(self._trainer, "strategy", None), "shard", None)
-        network = build(self.model_config, source, attention.NAME, meta=bool(shards and source))
-        denoiser = self._denoiser(network)
+        trained = self._trained if self.pretrained and self.pattern != AUTOREGRESSIVE else None
+        if trained and trained.shift not in (None, self.shift):
+            raise ValueError(
+                f"model.shift: {self.shift} would misread {self.source_name}, which was trained with {trained.shift}; "
+                "null takes the source's"
+            )
+        meta = bool(shards and source)
+        network = build(self.model_config, source, attention.NAME, mask_row=self.mask_row, meta=meta)
+        denoiser = self.wrap(network)
         if shards:
-            shards(denoiser, source)
+            shards(denoiser, source, self.mask_row)
         self.denoiser = denoiser
 
-    def _denoiser(self, network: PreTrainedModel) -> Denoiser:
+    def wrap(self, network: PreTrainedModel) -> Denoiser:
+        """The Denoiser around a network, with the recipe's mask token, shift and predicate."""
         ids = self.tokenizer.get_vocab().values()
         return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate)
 

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import snapshot_download
+from huggingface_hub import ModelCard, snapshot_download
 from huggingface_hub.errors import HFValidationError
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
@@ -22,7 +23,10 @@ from transformers import (
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
+from dlm_lightning import layouts
+
 SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
+FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; no code
 
 
 def locate(source: str) -> Path:
@@ -41,9 +45,7 @@ def locate(source: str) -> Path:
         hint = "; `dlm fit ar_source` trains one" if Path(source).name == "ar_source" else ""
         raise FileNotFoundError(f"model.source: there is no folder {source}{hint}")
     try:
-        return _with_weights(
-            Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
-        )
+        return _with_weights(Path(snapshot_download(source, allow_patterns=FILES)))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"model.source: {source} is no local folder and cannot be fetched from the hub"
@@ -81,13 +83,26 @@ class Source:
     @property
     def config(self) -> PretrainedConfig:
         """The source's configuration, a new copy at each call."""
-        return AutoConfig.from_pretrained(self.folder)
+        return layouts.read_config(self.folder)
+
+    @property
+    def diffusion(self) -> layouts.Diffusion | None:
+        """How the source was trained if it is a diffusion model already (a warm start); None for an AR model."""
+        return layouts.stated(self.folder)
+
+    @property
+    def licence(self) -> str | None:
+        """The licence that the source's README states, as its tag."""
+        card = self.folder / "README.md"
+        licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
+        return str(licence) if licence else None
 
     def tokenizer(self):
         """The source's tokenizer; FileNotFoundError if the folder has none (transformers would make an empty one)."""
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
-        return AutoTokenizer.from_pretrained(self.folder)
+        kind = layouts.tokenizer_type(self.folder)
+        return AutoTokenizer.from_pretrained(self.folder, **({"tokenizer_type": kind} if kind else {}))
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the weights: a hash of file sizes and of samples from each file."""
@@ -131,25 +146,68 @@ def build_config(values: dict[str, Any]) -> PretrainedConfig:
         raise ValueError(f"model.config: model_type {kind} is not one that transformers knows") from error
 
 
-def _check_supported(config: PretrainedConfig) -> None:
-    """Refuse what would train without an error and be wrong: attention out of reach, logits scaled out of sight."""
+def stated(source: str | None, key: str) -> Any:
+    """What a source states of its own diffusion training, for a key of a recipe that is null; ValueError if nothing."""
+    diffusion = Source(source).diffusion if source else None
+    if diffusion is None or (value := getattr(diffusion, key)) is None:
+        raise ValueError(f"model.{key}: null takes what the source states, and {source} states none")
+    return value
+
+
+def check_convertible(config: PretrainedConfig) -> None:
+    """Refuse a model whose attention no mask of ours reaches, by name and with the reason."""
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    if kind is None or not getattr(kind, "_supports_attention_backend", False):
-        raise ValueError(f"{config.model_type} has no causal model that uses transformers' attention interface")
-    if "linear_attention" in (getattr(config, "layer_types", None) or []):
-        raise ValueError(f"{config.model_type} has linear attention layers, which no attention mask reaches")
-    for key in ("logits_scaling", "logit_scale", "final_logit_softcapping"):
-        if getattr(config, key, None) not in (None, 1):
-            raise ValueError(f"{config.model_type} sets {key}, which is not supported")
+    others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
+    reason = None
+    if config.is_encoder_decoder:
+        reason = "is an encoder-decoder model; only decoder-only models convert"
+    elif config.get_text_config() is not config:
+        reason = "has other parts beside its language model; give the text model alone"
+    elif others:
+        reason = f"has {', '.join(sorted(others))} layers, which no attention mask reaches"
+    elif getattr(config, "num_attention_heads", None) is None:
+        reason = "has no attention (a state-space or recurrent model), so no mask reaches it"
+    elif kind is None or not getattr(kind, "_supports_attention_backend", False):
+        reason = "has no causal model that uses transformers' attention interface, so its attention ignores our mask"
+    if reason:
+        raise ValueError(f"{config.model_type} {reason}")
 
 
-def build(config: PretrainedConfig, source: Source | None, attention: str, *, meta: bool = False) -> PreTrainedModel:
+def decoder_layers(network: PreTrainedModel) -> list[nn.Module]:
+    """The decoder layers, in order: the modules that transformers keeps on one device, by class name."""
+    names = set(network._no_split_modules or ())  # FSDP2 gives a sharded module a class of its own below the real one
+    found = [module for module in network.modules() if names & {cls.__name__ for cls in type(module).__mro__}]
+    if not found:
+        raise ValueError(f"{network.config.model_type} names no decoder layers, which sharding and the probe go by")
+    return found
+
+
+def initial_row(table_VD: Tensor, init: int | str) -> Tensor:
+    """The row [D] a mask token starts from: the `mean` of a table's rows, `random` around it, or a token's, by id."""
+    if isinstance(init, int):
+        return table_VD[init].float()
+    table_VD = table_VD.float()
+    if init == "mean":
+        return table_VD.mean(0)
+    generator = torch.Generator().manual_seed(0)
+    return table_VD.mean(0) + table_VD.std(0) * torch.randn(table_VD.shape[1], generator=generator)
+
+
+def build(
+    config: PretrainedConfig,
+    source: Source | None,
+    attention: str,
+    *,
+    mask_row: tuple[int, int | str] | None = None,
+    meta: bool = False,
+) -> PreTrainedModel:
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
     Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
-    embeddings.
+    embeddings. `mask_row`, an id and its `initial_row`, sets one row of embedding and head, also one the source has.
     """
-    _check_supported(config)
+    check_convertible(config)
+    config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
             setattr(config, key, 0.0)
@@ -161,11 +219,14 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
     network = AutoModelForCausalLM.from_pretrained(
         source.folder, config=config, attn_implementation=attention, dtype=torch.float32
     )
-    if rows != config.vocab_size:
-        old = config.vocab_size
+    old = config.vocab_size
+    if rows != old:
         network.resize_token_embeddings(rows, mean_resizing=False)
+    if rows != old or mask_row:
         ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
         with torch.no_grad():
             for weight in {id(layer.weight): layer.weight for layer in ends}.values():  # one, if they are tied
-                weight[old:] = weight[:old].mean(0)
+                row_of = dict.fromkeys(range(old, rows), "mean") | ({mask_row[0]: mask_row[1]} if mask_row else {})
+                for row, init in row_of.items():
+                    weight[row] = initial_row(weight[:old], init)
     return network.train()

@@ -6,14 +6,14 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
 from dlm_lightning.denoiser import Denoiser
-from dlm_lightning.source import Source
+from dlm_lightning.source import Source, decoder_layers, initial_row
 
 
 class FSDP2(ModelParallelStrategy):
@@ -33,38 +33,34 @@ class FSDP2(ModelParallelStrategy):
         self._tensor_parallel_size = 1
         super().setup_environment()
 
-    def shard(self, denoiser: Denoiser, source: Source | None) -> None:
+    def shard(self, denoiser: Denoiser, source: Source | None, mask_row: tuple[int, int | str] | None = None) -> None:
         """Shard each module that transformers never splits (a decoder layer), then the rest; fill them from the source.
 
         With a source the parameters are on the meta device; without one they are real, and equal on all ranks.
+        `mask_row` is that of `source.build`.
         """
         mesh, network = self.device_mesh["data_parallel"], denoiser.network
-        for layer in layers(network):
+        for layer in decoder_layers(network):
             fully_shard(layer, mesh=mesh)
         fully_shard(denoiser, mesh=mesh)
         if source is not None:
             network.to_empty(device=self.root_device)
-            fill(network, source)
-
-
-def layers(network: PreTrainedModel) -> list[nn.Module]:
-    """The modules that transformers keeps on one device, by class name: the decoder layers."""
-    found = [module for module in network.modules() if type(module).__name__ in (network._no_split_modules or ())]
-    if not found:
-        raise ValueError(f"trainer.strategy: fsdp2 cannot shard {network.config.model_type}, which names no layers")
-    return found
+            fill(network, source, mask_row)
 
 
 @torch.no_grad()
-def fill(network: PreTrainedModel, source: Source) -> None:
+def fill(network: PreTrainedModel, source: Source, mask_row: tuple[int, int | str] | None = None) -> None:
     """Copy each local shard from the source; rows that it lacks (an added mask token) hold the mean of its rows.
 
-    Buffers that are in no file (rotary frequencies) are computed anew, and tied weights are tied again.
+    Buffers that are in no file (rotary frequencies) are computed anew, and tied weights are tied again. `mask_row` sets
+    one row of embedding and head, as in `source.build`.
     """
     for module in network.modules():
         if dict(module.named_buffers(recurse=False)):
             network._init_weights(module)
     network.tie_weights()
+    ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
+    tables = {id(layer.weight) for layer in ends}
     for name, parameter in network.named_parameters():
         local: Tensor = parameter
         start = 0
@@ -76,7 +72,9 @@ def fill(network: PreTrainedModel, source: Source) -> None:
         known = max(0, min(source.rows(name) - start, len(local)))
         local[:known] = source.read(name, start, start + known)
         if known < len(local):
-            local[known:] = source.read(name).float().mean(0)
+            local[known:] = initial_row(source.read(name), "mean")
+        if mask_row and id(parameter) in tables and start <= mask_row[0] < start + len(local):
+            local[mask_row[0] - start] = initial_row(source.read(name), mask_row[1])
 
 
 StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallelism (FSDP2)")

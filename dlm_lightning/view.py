@@ -66,6 +66,11 @@ class View:
         ids, position, rank, order, copy, document = (tensor[index] for tensor in self.coordinates)
         return View(ids, position, rank, order, copy, document)
 
+    def to(self, device: torch.device) -> View:
+        """The same view on a device."""
+        ids, position, rank, order, copy, document = (tensor.to(device) for tensor in self.coordinates)
+        return View(ids, position, rank, order, copy, document, self.structure)
+
     @staticmethod
     def beside(views: Sequence[View]) -> View:
         """Views laid side by side along S; a single view is returned as it is."""

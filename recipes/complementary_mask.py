@@ -6,6 +6,7 @@ from typing import Any, Literal
 
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import Masked, Noise
+from dlm_lightning.source import stated
 from dlm_lightning.view import Batch, Pattern
 
 
@@ -16,9 +17,9 @@ class ComplementaryMask(Recipe):
     [noisy; clean] passes cost 4L.
 
     Args:
-        block_size: tokens per block, on the document's own positions.
+        block_size: tokens per block, on the document's own positions; null takes what a diffusion source states.
         context_rank: whether the clean copy sees whole `block`s or is `causal` token by token, which an AR loss needs.
-        shift: `next_token`, as in the paper, or `none`.
+        shift: `next_token`, as in the paper, or `none`; null takes what a diffusion source states.
         noise: the masking of the first copy; the second takes all other maskable tokens.
         **options: see `Recipe`.
     """
@@ -27,13 +28,14 @@ class ComplementaryMask(Recipe):
 
     def __init__(
         self,
-        block_size: int = 16,
+        block_size: int | None = 16,
         context_rank: Literal["block", "causal"] = "block",
-        shift: Literal["none", "next_token"] = "next_token",
+        shift: Literal["none", "next_token"] | None = "next_token",
         noise: Noise = Noise(masking="complementary", weight="one"),
         **options: Any,
     ) -> None:
-        super().__init__(Pattern(block_size, "clean", context_rank), shift=shift, noise=noise, **options)
+        size = block_size if block_size is not None else stated(options.get("source"), "block_size")
+        super().__init__(Pattern(size, "clean", context_rank), shift=shift, noise=noise, **options)
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
         first = self.draw(self.noise, batch, pattern)

@@ -14,7 +14,7 @@ class FullBidirectional(Recipe):
 
     Args:
         shift: `next_token` keeps the source's way of predicting (DiffuLLaMA, Dream); `none` reads each masked token at
-            its own position.
+            its own position; null takes what a diffusion source states.
         noise: which tokens are masked and what they weigh; t is drawn for each document.
         annealing_steps: causal annealing: over so many steps attention goes from causal to full, by blocks that grow
             from 1 token to the row's length; 0 starts with full attention.
@@ -23,7 +23,7 @@ class FullBidirectional(Recipe):
 
     def __init__(
         self,
-        shift: Literal["none", "next_token"] = "next_token",
+        shift: Literal["none", "next_token"] | None = "next_token",
         noise: Noise = Noise(masking="bernoulli", weight="inverse_p", t_per="document"),
         annealing_steps: int = 0,
         **options: Any,

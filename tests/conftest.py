@@ -16,7 +16,7 @@ from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 from unittest import mock
 
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -39,6 +39,27 @@ from dlm_lightning.view import Batch
 settings.register_profile("tests", deadline=None, derandomize=True, database=None, max_examples=60)
 settings.load_profile("tests")
 
+FAMILIES: dict[str, dict[str, Any]] = {  # what is theirs, beside what the sources of all families share
+    "qwen2": {},
+    "qwen3": {},
+    "llama": {
+        "rope_parameters": {
+            "rope_type": "llama3",
+            "rope_theta": 10000.0,
+            "factor": 8.0,
+            "low_freq_factor": 1.0,
+            "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 64,
+        }
+    },
+    "smollm3": {"no_rope_layer_interval": 2},
+    "mistral": {"sliding_window": 6},
+    "gemma2": {"sliding_window": 6, "query_pre_attn_scalar": 8, "attn_logit_softcapping": 2.0},
+    "gemma3_text": {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]},
+    "olmo2": {},
+    "phi3": {"partial_rotary_factor": 0.5},
+    "gpt2": {},
+}
 TEXT = "the quick brown fox jumps over the lazy dog while seven wizards box and judge my vow of quartz\n"
 
 
@@ -58,6 +79,12 @@ def tiny_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("tokenizer") / "tiny"
     assert len(trained_tokenizer(lambda: [TEXT], 300, folder)) == 300
     return folder
+
+
+@pytest.fixture(params=FAMILIES)
+def family(request: pytest.FixtureRequest) -> str:
+    """Each family that is supported by name."""
+    return request.param
 
 
 @pytest.fixture(scope="session")
@@ -85,6 +112,7 @@ def source_folder(tiny_tokenizer: Path, tmp_path_factory: pytest.TempPathFactory
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.eos_token_id,
+            **FAMILIES.get(family, {}),
         )
         with torch.random.fork_rng():
             torch.manual_seed(1)

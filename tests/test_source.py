@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning.errors import sentence
-from dlm_lightning.source import Source, build, build_config, locate
+from dlm_lightning.source import Source, build, build_config, decoder_layers, locate
 
 INDEX = "model.safetensors.index.json"
 
@@ -143,6 +143,12 @@ def test_an_index_that_names_missing_shards_names_them(sharded, tmp_path):
 # The network
 
 
+def ends(network, tied: bool) -> dict[str, torch.nn.Module]:
+    """Embedding and head by the names of their weights in the file."""
+    layers = {"model.embed_tokens.weight": network.get_input_embeddings()}
+    return layers | {"model.embed_tokens.weight" if tied else "lm_head.weight": network.get_output_embeddings()}
+
+
 @pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_a_network_from_a_source_holds_its_weights(family, tied, source_folder):
@@ -163,9 +169,7 @@ def test_added_rows_hold_the_mean_and_tied_embeddings_stay_tied(tied, added, sou
     config = source.config
     config.vocab_size = 300 + added
     network = build(config, source, "eager")
-    layers = {"model.embed_tokens.weight": network.get_input_embeddings()}
-    layers["model.embed_tokens.weight" if tied else "lm_head.weight"] = network.get_output_embeddings()
-    for name, layer in layers.items():
+    for name, layer in ends(network, tied).items():
         assert torch.equal(layer.weight[:300], source.read(name))
         for row in layer.weight[300:]:
             assert torch.allclose(row, source.read(name).mean(0), atol=1e-7)
@@ -226,16 +230,65 @@ def test_weights_are_float32_whatever_the_source_is_stored_in(meta, pretrained, 
 
 
 @pytest.mark.parametrize(
-    ("model_type", "keys", "says"),
+    ("model_type", "says"),
     [
-        ("bloom", {}, "bloom has no causal model that uses transformers' attention interface"),
-        ("mamba", {}, "mamba has no causal model that uses transformers' attention interface"),
-        ("t5", {}, "t5 has no causal model that uses transformers' attention interface"),
-        ("granite", {"logits_scaling": 8.0}, "granite sets logits_scaling"),
-        ("cohere", {"logit_scale": 0.0625}, "cohere sets logit_scale"),
-        ("gemma2", {"final_logit_softcapping": 30.0}, "gemma2 sets final_logit_softcapping"),
+        ("t5", "t5 is an encoder-decoder model; only decoder-only models convert"),
+        ("gemma3", "gemma3 has other parts beside its language model; give the text model alone"),
+        ("mamba", "mamba has linear_attention layers, which no attention mask reaches"),
+        ("jamba", "jamba has linear_attention layers"),
+        ("llama4_text", "llama4_text has chunked_attention layers"),
+        ("rwkv", r"rwkv has no attention \(a state-space or recurrent model\), so no mask reaches it"),
+        ("bloom", "bloom has no causal model that uses transformers' attention interface"),
     ],
 )
-def test_what_would_be_silently_wrong_is_refused(model_type, keys, says):
+def test_what_would_be_silently_wrong_is_refused(model_type, says):
     with pytest.raises(ValueError, match=says):
-        build(build_config({"model_type": model_type, **keys}), None, "eager", meta=True)
+        build(build_config({"model_type": model_type}), None, "eager", meta=True)
+
+
+@pytest.mark.parametrize("init", ["mean", "random", 7])
+@pytest.mark.parametrize("rows, mask_id", [(301, 300), (300, 299)], ids=["added", "free"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_mask_row_starts_from_what_was_asked_for(tied, rows, mask_id, init, source_folder):
+    source = Source(str(source_folder(tied=tied)))
+    config = source.config
+    config.vocab_size = rows
+    network = build(config, source, "eager", mask_row=(mask_id, init))
+    for name, layer in ends(network, tied).items():
+        table = source.read(name)
+        row, others = layer.weight[mask_id], [n for n in range(300) if n != mask_id]
+        assert torch.equal(layer.weight[others], table[others])
+        if init == "random":
+            assert (row - table.mean(0)).std().item() == pytest.approx(table.std().item(), rel=0.5)
+            assert torch.equal(row, build(source.config, source, "eager", mask_row=(7, "random")).state_dict()[name][7])
+        else:
+            assert torch.allclose(row, table.mean(0) if init == "mean" else table[7], atol=1e-7)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
+def test_layers_are_found_whatever_the_family_calls_them(family, source_folder):
+    network = AutoModelForCausalLM.from_pretrained(source_folder(family))
+    base = network.base_model
+    assert decoder_layers(network) == list(base.h if family == "gpt2" else base.layers)
+    network._no_split_modules = set()
+    with pytest.raises(ValueError, match=f"{family} names no decoder layers"):
+        decoder_layers(network)
+
+
+# What a folder says
+
+
+@pytest.mark.parametrize(
+    ("readme", "licence"),
+    [
+        ("---\nlicense: apache-2.0\ntags: [x]\n---\n# Model", "apache-2.0"),
+        ("---\nlicense: other\n---\n", "other"),
+        ("# A model without a header", None),
+        ("---\ntags: [x]\n---\n", None),
+        (None, None),
+    ],
+)
+def test_the_licence_is_what_the_readme_states(readme, licence, folder):
+    if readme is not None:
+        (folder / "README.md").write_text(readme)
+    assert Source(str(folder)).licence == licence

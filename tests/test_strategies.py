@@ -13,10 +13,10 @@ from transformers import AutoModelForCausalLM
 
 from dlm_lightning.errors import sentence
 from dlm_lightning.source import Source, build
-from dlm_lightning.strategies import FSDP2, fill, layers
+from dlm_lightning.strategies import FSDP2, fill
 
 
-def filled(source: Source, rows: int = 300) -> nn.Module:
+def filled(source: Source, rows: int = 300, **options) -> nn.Module:
     """A network that was empty, and poisoned so that whatever is not filled shows."""
     config = source.config
     config.vocab_size = rows
@@ -24,7 +24,7 @@ def filled(source: Source, rows: int = 300) -> nn.Module:
     with torch.no_grad():
         for tensor in [*network.parameters(), *network.buffers()]:
             tensor.fill_(torch.nan)
-    fill(network, source)
+    fill(network, source, **options)
     return network
 
 
@@ -34,7 +34,6 @@ def everything(network: nn.Module) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("tied", [False, True])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen2", "qwen3"])
 def test_a_filled_network_equals_from_pretrained(family, tied, source_folder):
     folder = source_folder(family, tied)
     network, expected = filled(Source(str(folder))), AutoModelForCausalLM.from_pretrained(folder)
@@ -60,6 +59,18 @@ def test_added_rows_are_those_of_build(tied, source_folder):
         assert torch.equal(network[name], tensor), name
 
 
+@pytest.mark.parametrize("init", ["mean", "random", 7])
+@pytest.mark.parametrize("rows, mask_id", [(301, 300), (300, 299)], ids=["added", "free"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_mask_row_is_that_of_build(tied, rows, mask_id, init, source_folder):
+    source = Source(str(source_folder(tied=tied)))
+    config = source.config
+    config.vocab_size = rows
+    expected = everything(build(config, source, "eager", mask_row=(mask_id, init)))
+    network = everything(filled(source, rows, mask_row=(mask_id, init)))
+    assert all(torch.equal(network[name], tensor) for name, tensor in expected.items())
+
+
 def test_a_sharded_source_fills_as_one_file_does(source_folder, tmp_path):
     folder = shutil.copytree(source_folder(), tmp_path / "source")
     AutoModelForCausalLM.from_pretrained(source_folder()).save_pretrained(Path(folder), max_shard_size="30KB")
@@ -74,16 +85,6 @@ def test_a_source_that_names_its_tensors_otherwise_is_refused_in_one_sentence(so
     with pytest.raises(ValueError) as error:
         filled(Source(str(folder)))
     assert sentence(error.value) == f"model.source: {folder} has no tensor model.layers.0.mlp.experts.gate_up_proj"
-
-
-@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3_moe"])
-def test_layers_are_found_whatever_the_family_calls_them(family, source_folder):
-    network = AutoModelForCausalLM.from_pretrained(source_folder(family))
-    base = network.base_model
-    assert layers(network) == list(base.h if family == "gpt2" else base.layers)
-    network._no_split_modules = set()
-    with pytest.raises(ValueError, match=f"fsdp2 cannot shard {family}, which names no layers"):
-        layers(network)
 
 
 def test_the_strategy_is_known_by_its_name():

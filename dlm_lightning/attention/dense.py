@@ -22,13 +22,13 @@ class Plan:
     view: View
     keys: View
     predicate: Callable[[View, View], Tensor]
-    _masks: dict[int | None, Tensor] = field(default_factory=dict)
+    masks: dict[int | None, Tensor] = field(default_factory=dict)
 
     def mask(self, window: int | None = None) -> Tensor:
         """A bool mask [B, 1, S, K], true where the query (third axis) sees the key."""
-        if window not in self._masks:
-            self._masks[window] = attention_mask(self.view, self.predicate, self.keys, window).unsqueeze(1)
-        return self._masks[window]
+        if window not in self.masks:
+            self.masks[window] = attention_mask(self.view, self.predicate, self.keys, window).unsqueeze(1)
+        return self.masks[window]
 
     def attend(
         self,

@@ -1,0 +1,89 @@
+"""What a folder says of a diffusion model in it: how it was trained, and whose layers it has.
+
+Published diffusion models come with code of their own, which is not run here: their layers are those of a model that
+transformers knows, and what their code adds (mask, shift, blocks) is what this project does itself.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
+
+KEY = "dlm"  # of a config.json that this project wrote: how the model was trained
+
+
+@dataclass(frozen=True)
+class Diffusion:
+    """How a diffusion model was trained, as far as its folder states it; None is not stated.
+
+    shift: `next_token` or `none`. block_size: tokens per block. mask_id: the row of the mask token.
+    """
+
+    shift: str | None = None
+    block_size: int | None = None
+    mask_id: int | None = None
+
+
+@dataclass(frozen=True)
+class Layout:
+    """A published kind of model: the transformers family of its layers, and where its config states the rest.
+
+    shift is that of its code, which no config states; mask_id is its code's default.
+    """
+
+    family: str
+    shift: str
+    block_size_key: str | None
+    mask_id: int | None
+
+
+LAYOUTS = {
+    "sdar": Layout("qwen3", "none", "block_size", 151669),
+    "Fast_dLLM_Qwen": Layout("qwen2", "next_token", "bd_size", 151665),
+    "Dream": Layout("qwen2", "next_token", None, None),
+}
+
+
+def read_config(folder: Path) -> PretrainedConfig:
+    """The config of a folder, of a published diffusion model as its layers' family; refuses what transformers lacks."""
+    values = _values(folder)
+    if layout := LAYOUTS.get(values.get("model_type", "")):
+        own = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id"}
+        return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in own})
+    if values.get("model_type") not in CONFIG_MAPPING:
+        raise ValueError(
+            f"model.source: {folder} is of model_type {values.get('model_type', 'none')}, which transformers does not "
+            "know; code that a model brings along is not run"
+        )
+    return AutoConfig.from_pretrained(folder)
+
+
+def tokenizer_type(folder: Path) -> str | None:
+    """The family of a published diffusion model's tokenizer; None where transformers finds it by itself."""
+    layout = LAYOUTS.get(_values(folder).get("model_type", ""))
+    return layout.family if layout else None
+
+
+def stated(folder: Path) -> Diffusion | None:
+    """How the folder's diffusion model was trained; None for a model that says nothing of diffusion."""
+    values = _values(folder)
+    if own := values.get(KEY):
+        return Diffusion(own["shift"], own["block_size"], own["mask_id"])
+    if layout := LAYOUTS.get(values.get("model_type", "")):
+        block_size = values.get(layout.block_size_key) if layout.block_size_key else None
+        return Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id))
+    return None
+
+
+def _values(folder: Path) -> dict[str, Any]:
+    try:
+        values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"model.source: {folder / 'config.json'} is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"model.source: {folder / 'config.json'} is not a mapping of keys to values")
+    return values
