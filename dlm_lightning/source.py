@@ -150,7 +150,9 @@ def stated(source: str | None, key: str) -> Any:
     """What a source states of its own diffusion training, for a key of a recipe that is null; ValueError if nothing."""
     diffusion = Source(source).diffusion if source else None
     if diffusion is None or (value := getattr(diffusion, key)) is None:
-        raise ValueError(f"model.{key}: null takes what the source states, and {source} states none")
+        raise ValueError(
+            f"model.{key}: null takes what a diffusion source states, and {source or 'no source'} states none"
+        )
     return value
 
 

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from typing import Any, Literal
 
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import Noise
+from dlm_lightning.schedule import BlockSchedule
 from dlm_lightning.source import stated
 from dlm_lightning.view import Pattern
 
@@ -20,6 +22,7 @@ class BlockCausal(Recipe):
         context_rank: with clean context, whether the clean copy sees whole `block`s or is `causal` token by token,
             which an AR loss on it needs; prefill must follow the same rule.
         noise: which tokens are masked and what they weigh.
+        block_schedule: block sizes of the first steps, growing or mixed; null trains by `block_size` throughout.
         **options: see `Recipe`.
     """
 
@@ -29,7 +32,18 @@ class BlockCausal(Recipe):
         context: Literal["clean", "noisy"] = "clean",
         context_rank: Literal["block", "causal"] = "block",
         noise: Noise = Noise(masking="tilted", weight="inverse_t"),
+        block_schedule: BlockSchedule | None = None,
         **options: Any,
     ) -> None:
         size = block_size if block_size is not None else stated(options.get("source"), "block_size")
         super().__init__(Pattern(size, context, context_rank), noise=noise, **options)
+        self.block_schedule = block_schedule
+
+    @property
+    def train_pattern(self) -> Pattern:
+        if self.block_schedule is None:
+            return self.pattern
+        return self.block_schedule.pattern(self.pattern, self.trainer.global_step, self.trainer.datamodule.seed)
+
+    def facts(self) -> dict[str, Any]:
+        return super().facts() | {"model.block_schedule": self.block_schedule and asdict(self.block_schedule)}

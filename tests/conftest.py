@@ -239,7 +239,7 @@ def make_recipe(source_folder: Callable[..., Path]) -> Callable[..., Recipe]:
     def make(recipe_class: type[Recipe], step: int = 0, **options) -> Recipe:
         recipe = recipe_class(source=str(source_folder()), **options)
         recipe.configure_model()
-        data = SimpleNamespace(row_length=16)
+        data = SimpleNamespace(row_length=16, seed=0)
         recipe._trainer = SimpleNamespace(global_step=step, accumulate_grad_batches=1, world_size=1, datamodule=data)
         return recipe
 

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
     (0, {"view", "noise"}),
-    (0, {"loss"}),
+    (0, {"loss", "schedule"}),
     (1, {"layouts"}),
     (1, {"source", "attention"}),
     (1, {"denoiser", "drift"}),

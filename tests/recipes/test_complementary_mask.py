@@ -92,7 +92,6 @@ def test_an_ar_weight_adds_the_ar_loss_on_the_one_clean_copy(make_recipe, batch,
         ({"ar_weight": 0.1}, r"model.ar_weight .* model.context_rank: causal"),
         ({"noise": Noise("exact", "count_ratio")}, "noise.masking: exact does not go with ComplementaryMask"),
         ({"noise": Noise("bernoulli", "inverse_p")}, "noise.masking: bernoulli does not go with ComplementaryMask"),
-        ({"block_size": None}, "needs a block_size"),
     ],
 )
 def test_wrong_settings_are_refused(options, message):
