@@ -42,7 +42,7 @@ def locate(source: str) -> Path:
         raise FileNotFoundError(f"model.source: there is no folder {source}{hint}")
     try:
         return _with_weights(
-            Path(snapshot_download(source, allow_patterns=["*.json", "*.safetensors", "*.txt", "*.model"]))
+            Path(snapshot_download(source, allow_patterns=["*.json", "*.jinja", "*.safetensors", "*.txt", "*.model"]))
         )
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
