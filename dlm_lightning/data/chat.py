@@ -169,7 +169,8 @@ class Chat(TokenData):
         spans: list[Span] = []
         done = 0
         for n in answers if self.turns == "all" else answers[-1:]:
-            prompt, answered = self._render(messages[:n], asks=True), self._render(messages[: n + 1])
+            prompt = self._render(messages[:n], asks=True)
+            answered = whole if n == answers[-1] else self._render(messages[: n + 1])
             if not whole.startswith(answered) or not answered.startswith(prompt) or len(prompt) < done:
                 raise ValueError(self._why_not(messages[: answers[-1]], whole))
             stop = max(len(prompt), self._end(answered))

@@ -7,6 +7,7 @@ import re
 import shutil
 from pathlib import Path
 
+import fsspec
 import pytest
 import torch
 import yaml
@@ -175,3 +176,17 @@ def test_a_resume_with_another_tail_is_refused(typed, words, tmp_path):
     config.write_text(config.read_text().replace("tail: eos", "tail: none"))
     said = typed("resume", "run", cwd=tmp_path)
     assert (said.code, said.err) == (1, "dlm: the checkpoint was made with data.tail eos, this run has none\n")
+
+
+def test_urls_and_relative_files_are_kept_as_what_they_name(typed, words, chats, tmp_path):
+    memory = fsspec.filesystem("memory")
+    memory.pipe("/chats/train.jsonl", chats.read_bytes())
+    shutil.copy(chats, tmp_path / "kept.jsonl")
+    (tmp_path / "chat.yaml").write_text(EXAMPLE.replace("/path/to", str(ROOT)))
+    paths = ["data.paths=[memory://chats]", "data.val_paths=[kept.jsonl]", "trainer.max_steps=1"]
+    said = typed("fit", "chat.yaml", *words, *paths, "--run", "run", cwd=tmp_path)
+    memory.rm("/chats", recursive=True)
+    assert said.code == 0, said.err
+    data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["init_args"]
+    assert data["paths"] == ["memory://chats"] and data["val_paths"] == [str(tmp_path / "kept.jsonl")]
+    assert data["chat_template"] == str(tmp_path / "chatml.jinja") and data["hub"] is None
