@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -108,10 +109,14 @@ def _pin(config: Any) -> None:
     model, data = config.model.init_args, config.data.init_args
     if model.get("source") and Path(model.source).expanduser().is_dir():
         model.source = str(locate(model.source).resolve())
-    if data.get("paths"):
-        data.paths = [str(Path(path).expanduser().absolute()) for path in data.paths]
+    for key in ("paths", "val_paths"):
+        if data.get(key):
+            data[key] = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in data[key]]
     if data.get("cache_dir"):
         data.cache_dir = str(Path(data.cache_dir).expanduser().absolute())
+    for key in ("hub", "chat_template"):  # may be a local folder or file, or a name or a text
+        if (value := data.get(key)) and os.path.exists(path := os.path.expanduser(value)):
+            data[key] = os.path.abspath(path)
 
 
 def resume(folder: str) -> Path:

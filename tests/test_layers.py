@@ -33,6 +33,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "token_data": {"rows", "stream", "tokenizer"},
         "text_files": {"token_data"},
         "short_answers": {"token_data"},
+        "chat": {"conversations", "rows", "token_data"},
     },
 }
 GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on

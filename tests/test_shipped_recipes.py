@@ -91,8 +91,10 @@ def test_real_scale_recipes_instantiate_on_the_meta_device(name, tmp_path, monke
     path = ROOT / "recipes" / f"{name}.yaml"
     recipe = parse(catalog.compose(path), on_this_machine(path), PLACEHOLDER).model
     tokens = Tokens((str(n), n) for n in range(TOKENS[name]))
-    recipe.__dict__["source"] = SimpleNamespace(config=build_config(SIZES[name]), tokenizer=lambda: tokens)
-    recipe._trainer = SimpleNamespace(strategy=SimpleNamespace(shard=lambda denoiser, source: None))
+    recipe.__dict__["source"] = SimpleNamespace(
+        config=build_config(SIZES[name]), tokenizer=lambda: tokens, diffusion=None
+    )
+    recipe._trainer = SimpleNamespace(strategy=SimpleNamespace(shard=lambda denoiser, source, mask_row: None))
     recipe.configure_model()
     network = recipe.denoiser.network
     assert all(parameter.device == torch.device("meta") for parameter in network.parameters())

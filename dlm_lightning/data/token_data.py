@@ -184,7 +184,11 @@ class TokenData(L.LightningDataModule):
             for span in spans:
                 ids += self.tokenizer(span.text, add_special_tokens=False)["input_ids"]
                 maskable += [span.maskable] * (len(ids) - len(maskable))
-            yield Document([*ids, self.tokenizer.eos_token_id], [*maskable, True])
+            yield self.close(ids, maskable)
+
+    def close(self, ids: list[int], maskable: list[bool]) -> Document:
+        """A document's tokens with what ends it: an end-of-text token, to be learned like any other."""
+        return Document([*ids, self.tokenizer.eos_token_id], [*maskable, True])
 
     def _trained_tokenizer(self) -> Any:
         if self.vocab_size is None:

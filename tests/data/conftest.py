@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
+from dlm_lightning.data.chat import Chat
 from dlm_lightning.data.token_data import Span, TokenData
+from dlm_lightning.view import Pattern
 
 
 class Facts(SimpleNamespace):
@@ -70,6 +74,41 @@ def attach(characters):
         return data
 
     return attach
+
+
+CHAT_TEMPLATES = {  # files in templates/, in the manner of five families, with their end-of-text token
+    "chatml": "<|im_end|>",
+    "headers": "<|eot_id|>",
+    "inst": "</s>",
+    "model_turns": "<eos>",
+    "thinking": "<|endoftext|>",
+}
+CHAT_TOKENS = ["<|im_start|>", "<|im_end|>", "<s>", "</s>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+CHAT_TOKENS += ["<start_of_turn>", "<end_of_turn>", "<eos>"]
+
+
+@pytest.fixture
+def make_chat(tiny_tokenizer, tmp_path, attach, monkeypatch):
+    """`make_chat(records, family, block_size=4, …)`: a Chat over a file of records, for a model with blocks."""
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "hub")
+
+    def make(records=None, family="chatml", block_size=4, mask_id=900, **options):
+        tokenizer = AutoTokenizer.from_pretrained(tiny_tokenizer)
+        tokenizer.add_special_tokens({"additional_special_tokens": CHAT_TOKENS})
+        tokenizer.eos_token, tokenizer.bos_token = CHAT_TEMPLATES[family], "<s>"
+        if records is not None:
+            lines = (record if isinstance(record, str) else json.dumps(record) for record in records)
+            (tmp_path / "chats.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+            options["paths"] = [str(tmp_path / "chats.jsonl")]
+        template = Path(__file__).parent / "templates" / f"{family}.jinja"
+        defaults = {"row_length": 64, "cache_dir": str(tmp_path / "cache"), "val_share": 0.01}
+        data = Chat(**{"chat_template": str(template)} | defaults | options)
+        attach(data, tokenizer, mask_id=mask_id)
+        data.trainer.lightning_module.pattern = Pattern(block_size)
+        data.tokenizer = tokenizer  # as `prepare_data` leaves it
+        return data
+
+    return make
 
 
 @pytest.fixture

@@ -1,0 +1,220 @@
+"""Chats: conversations rendered by a chat template, of which the assistant's answers are masked and scored."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from jinja2 import TemplateError, TemplateSyntaxError
+
+from dlm_lightning.data import conversations
+from dlm_lightning.data.conversations import Malformed, Message
+from dlm_lightning.data.rows import Document
+from dlm_lightning.data.token_data import Span, Split, TokenData
+
+log = logging.getLogger(__name__)
+SHOWN = 5  # malformed records that a report names
+
+
+class Chat(TokenData):
+    """Conversations whose prompts are shown and whose answers are masked and scored.
+
+    A record holds `messages` (role and content), ShareGPT's `conversations` (from and value), or a prompt and its
+    response. What follows a conversation's last answer is left out. Answers are counted with the tokens that end
+    their turn; one that opens a conversation answers nothing and is shown like a prompt.
+
+    Args:
+        paths: JSONL or parquet files, folders, globs, or fsspec URLs of them.
+        hub: instead of `paths`, a data set of the Hugging Face hub, or a local folder that `datasets` reads.
+        hub_name: the hub set's configuration.
+        hub_split: the hub set's split.
+        prompt_key: where a record of two texts keeps the prompt.
+        response_key: where it keeps the answer.
+        val_paths: files kept for validation, also if they are among `paths`.
+        val_share: without `val_paths`, the share of the conversations, evenly spread, that is kept for validation.
+        chat_template: a chat template as text, or a .jinja file; null takes the tokenizer's own.
+        turns: whether `all` answers of a conversation are scored, or the `last`.
+        tail: what fills a conversation's last block: `eos`, end-of-text tokens that are scored, which teach a model to
+            end inside a block; `mask`, mask tokens that are seen and not scored (Fast-dLLM v2); `none`, nothing. In any
+            case one end-of-text token follows an answer that does not end with it.
+        skip_malformed: leave out what is no conversation or what the template refuses, with a report; otherwise the
+            report is an error.
+        **options: see `TokenData`.
+    """
+
+    splits_documents = False
+
+    def __init__(
+        self,
+        paths: list[str] | None = None,
+        hub: str | None = None,
+        hub_name: str | None = None,
+        hub_split: str = "train",
+        prompt_key: str = "prompt",
+        response_key: str = "response",
+        val_paths: list[str] | None = None,
+        val_share: float = 0.05,
+        chat_template: str | None = None,
+        turns: Literal["all", "last"] = "all",
+        tail: Literal["eos", "mask", "none"] = "eos",
+        skip_malformed: bool = False,
+        **options: Any,
+    ) -> None:
+        super().__init__(**options)
+        if bool(paths) == bool(hub):
+            raise ValueError("give one of data.paths (files) and data.hub (a data set of the hub)")
+        if not 0 < val_share < 1:
+            raise ValueError(f"data.val_share must lie between 0 and 1, not {val_share}")
+        self.paths, self.hub, self.hub_name, self.hub_split = paths, hub, hub_name, hub_split
+        self.prompt_key, self.response_key = prompt_key, response_key
+        self.val_paths, self.val_share = val_paths, val_share
+        self.chat_template, self.turns, self.tail = chat_template, turns, tail
+        self.skip_malformed = skip_malformed
+
+    # What is read
+
+    def texts(self, split: Split) -> Iterator[list[Span]]:
+        """The conversations of a split in the order of their files; all malformed records are told of at the end."""
+        malformed: list[str] = []
+        count = 0
+        for place, record in self._records(split):
+            try:
+                spans = self._spans(conversations.messages(record, self.prompt_key, self.response_key))
+            except Malformed as error:
+                malformed.append(f"{place} {error}")
+                continue
+            kept = math.ceil((count + 1) * self.val_share) > math.ceil(count * self.val_share)
+            if self.val_paths or kept == (split == "val"):
+                yield spans
+            count += 1
+        if malformed:
+            shown = [*malformed[:SHOWN], *["…"] * (len(malformed) > SHOWN)]
+            report = f"data: {len(malformed)} of {count + len(malformed)} records are malformed: {'; '.join(shown)}"
+            if not self.skip_malformed:
+                raise ValueError(f"{report}; data.skip_malformed=true leaves them out")
+            if self.val_paths or split == "train":  # otherwise both splits are read from the same files
+                log.info("%s; they are left out", report)
+
+    def identity(self) -> str:
+        """What the files or the hub set hold, how they are read, rendered and split, and what fills last blocks."""
+        rendered = [self._template, self.turns, self.tail, self._block, self._fill_id]
+        hub = [self._hub_set._fingerprint] if self.hub else []
+        read = [*hub, *map(conversations.digest, self._files["train"]), self.prompt_key, self.response_key]
+        val = map(conversations.digest, self._files["val"]) if self.val_paths else [self.val_share]
+        return "\n".join(map(str, ["chat", *rendered, *read, self.skip_malformed, "val", *val]))
+
+    def facts(self) -> dict[str, int | str]:
+        """What must stay as it is when a run is continued."""
+        return {"data.turns": self.turns, "data.tail": self.tail, **super().facts()}
+
+    @cached_property
+    def _files(self) -> dict[Split, list[str]]:
+        val = conversations.files(self.val_paths or [], "val_paths")
+        train = conversations.files(self.paths or [], "paths")
+        return {"train": [file for file in train if file not in set(val)], "val": val}
+
+    @cached_property
+    def _hub_set(self) -> Any:
+        return conversations.hub_set(self.hub or "", self.hub_name, self.hub_split)
+
+    def _records(self, split: Split) -> Iterator[tuple[str, Any]]:
+        part: Split = "val" if split == "val" and self.val_paths else "train"
+        if self.hub and part == "train":
+            yield from ((f"{self.hub}[{number}]", record) for number, record in enumerate(self._hub_set))
+        for file in self._files[part]:
+            yield from conversations.records(file)
+
+    # What is shown and what is scored
+
+    @cached_property
+    def _template(self) -> str:
+        """The chat template as text; a ValueError says what is missing."""
+        if self.tokenizer is None:
+            raise ValueError("data: chats need model.source, whose tokenizer has the chat template's tokens")
+        text = self.chat_template
+        if text and text.endswith(".jinja"):
+            file = Path(text).expanduser()
+            if not file.is_file():
+                raise FileNotFoundError(f"data.chat_template: there is no file {text}")
+            text = file.read_text(encoding="utf-8")
+        if not text and not self.tokenizer.chat_template:
+            raise ValueError("data.chat_template must be set: the source's tokenizer has no chat template")
+        return self.tokenizer.get_chat_template(text)
+
+    def _render(self, messages: list[Message], asks: bool = False) -> str:
+        """The conversation as text, with the header of an answer that is asked for; Malformed if it is refused."""
+        template = self._template
+        try:
+            return self.tokenizer.apply_chat_template(
+                messages, chat_template=template, tokenize=False, add_generation_prompt=asks
+            )
+        except TemplateSyntaxError as error:
+            raise ValueError(f"data.chat_template: line {error.lineno}: {error.message}") from error
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise Malformed(f"is refused by the chat template: {error}") from error
+
+    def _spans(self, messages: list[Message]) -> list[Span]:
+        """Prompts and answers in turn, ending with the last answer; together they are the conversation as rendered.
+
+        A prompt is what is rendered when its answer is asked for, so that tokenised alone it is what decoding sees.
+        """
+        answers = [n for n, message in enumerate(messages) if n and message["role"] == "assistant"]
+        if not answers:
+            raise Malformed("has no answer: no turn of the assistant after another turn")
+        whole = self._render(messages[: answers[-1] + 1])
+        spans: list[Span] = []
+        done = 0
+        for n in answers if self.turns == "all" else answers[-1:]:
+            prompt = self._render(messages[:n], asks=True)
+            answered = whole if n == answers[-1] else self._render(messages[: n + 1])
+            if not whole.startswith(answered) or not answered.startswith(prompt) or len(prompt) < done:
+                raise ValueError(self._why_not(messages[: answers[-1]], whole))
+            stop = max(len(prompt), self._end(answered))
+            spans += [Span(whole[done : len(prompt)], maskable=False), Span(whole[len(prompt) : stop])]
+            done = stop
+        return spans
+
+    def _end(self, answered: str) -> int:
+        """Where an answer ends: white space that a template writes after the token that ends a turn is not its own."""
+        bare = answered.rstrip()
+        return len(bare if bare.endswith(self._added) else answered)
+
+    @cached_property
+    def _added(self) -> tuple[str, ...]:
+        return tuple(str(token) for token in self.tokenizer.added_tokens_decoder.values())
+
+    def _why_not(self, before_last: list[Message], whole: str) -> str:
+        if self.turns == "all" and whole.startswith(self._render(before_last, asks=True)):
+            return "the chat template rewrites earlier turns, so only the last answer can be scored: data.turns=last"
+        return "the chat template renders an answer otherwise than it asks for it; data.chat_template can be another"
+
+    # What ends a conversation
+
+    @property
+    def _block(self) -> int:
+        """What a filled conversation's length is a multiple of: the finished model's block size, or 1."""
+        return 1 if self.tail == "none" else self.trainer.lightning_module.pattern.block_size or 1
+
+    @property
+    def _fill_id(self) -> int:
+        return self.trainer.lightning_module.mask_id if self.tail == "mask" else self.tokenizer.eos_token_id
+
+    def close(self, ids: list[int], maskable: list[bool]) -> Document:
+        """An end-of-text token unless there is one, and what fills the last block, as far as the row goes."""
+        if self.tail == "mask" and self._fill_id in ids:
+            raise ValueError(f"model.mask_token: id {self._fill_id} occurs in the data; choose another")
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
+            ids, maskable = [*ids, self.tokenizer.eos_token_id], [*maskable, True]
+        missing = max(0, min(-len(ids) % self._block, self.row_length - len(ids)))
+        return Document([*ids, *[self._fill_id] * missing], [*maskable, *[self.tail == "eos"] * missing])
+
+    def _count_tokens(self) -> Any:
+        """The tokens of the texts and their ends: mask tokens that fill blocks are none of them."""
+        counts = super()._count_tokens()
+        if self.tail == "mask":
+            counts[self._fill_id : self._fill_id + 1] = 0
+        return counts
