@@ -19,7 +19,7 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention
+from dlm_lightning import attention, layouts
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.layouts import Diffusion
 from dlm_lightning.loss import score, weighted_sum
@@ -226,6 +226,13 @@ class Recipe(L.LightningModule):
         return config
 
     @property
+    def diffusion(self) -> Diffusion | None:
+        """How this recipe trains its model, for the model's config to state; None for an autoregressive one."""
+        if self.pattern == AUTOREGRESSIVE:
+            return None
+        return Diffusion(self.shift, self.pattern.block_size, self.mask_id)
+
+    @property
     def _trained(self) -> Diffusion | None:
         """How a source that is a diffusion model already was trained."""
         return self.source.diffusion if self.source else None
@@ -278,6 +285,8 @@ class Recipe(L.LightningModule):
             )
         meta = bool(shards and source)
         network = build(self.model_config, source, attention.NAME, mask_row=self.mask_row, meta=meta)
+        if self.diffusion:
+            setattr(network.config, layouts.KEY, asdict(self.diffusion))
         denoiser = self.wrap(network)
         if shards:
             shards(denoiser, source, self.mask_row)
