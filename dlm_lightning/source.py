@@ -143,7 +143,14 @@ def _check_supported(config: PretrainedConfig) -> None:
             raise ValueError(f"{config.model_type} sets {key}, which is not supported")
 
 
-def build(config: PretrainedConfig, source: Source | None, attention: str, *, meta: bool = False) -> PreTrainedModel:
+def build(
+    config: PretrainedConfig,
+    source: Source | None,
+    attention: str,
+    *,
+    meta: bool = False,
+    dtype: torch.dtype = torch.float32,
+) -> PreTrainedModel:
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
     Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
@@ -155,11 +162,11 @@ def build(config: PretrainedConfig, source: Source | None, attention: str, *, me
             setattr(config, key, 0.0)
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
     network = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, attn_implementation=attention, dtype=torch.float32
+        source.folder, config=config, attn_implementation=attention, dtype=dtype
     )
     if rows != config.vocab_size:
         old = config.vocab_size

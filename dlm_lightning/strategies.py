@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from dlm_lightning import lora
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source
 
@@ -65,7 +66,7 @@ def fill(network: PreTrainedModel, source: Source) -> None:
         if dict(module.named_buffers(recurse=False)):
             network._init_weights(module)
     network.tie_weights()
-    for name, parameter in network.named_parameters():
+    for name, parameter in lora.named_parameters(network):
         local: Tensor = parameter
         start = 0
         if isinstance(parameter, DTensor):

@@ -12,9 +12,11 @@ ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
     (0, {"view", "noise"}),
     (0, {"loss"}),
-    (1, {"source", "attention"}),
+    (1, {"shards"}),
+    (1, {"source", "attention", "lora"}),
     (1, {"denoiser", "drift"}),
     (1, {"decode"}),
+    (2, {"optimizer", "precision"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
