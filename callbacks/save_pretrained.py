@@ -27,7 +27,8 @@ class SavePretrained(L.Callback):
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         network = recipe.denoiser.network
-        weights = lora.merged(network, get_model_state_dict(network, options=options))
+        whole: dict[str, Any] = get_model_state_dict(network, options=options)
+        weights = lora.merged(network, whole)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / SAVED_MODEL

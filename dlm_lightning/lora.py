@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -70,9 +70,8 @@ def adapt(network: PreTrainedModel, lora: Lora) -> None:
         raise ImportError("model.lora needs peft: pip install 'dlm_lightning[lora]'") from error
     targets = _targets(network, lora.targets)
     transposed = any(isinstance(network.get_submodule(name), Conv1D) for name in targets)
-    config = LoraConfig(
-        r=lora.rank, lora_alpha=lora.alpha, target_modules=targets, fan_in_fan_out=transposed, init_lora_weights=False
-    )
+    sizes: Any = {"r": lora.rank, "lora_alpha": lora.alpha}  # peft declares int, and takes any number
+    config = LoraConfig(**sizes, target_modules=targets, fan_in_fan_out=transposed, init_lora_weights=False)
     inject_adapter_in_model(config, network)
     for name, parameter in network.named_parameters():
         parameter.requires_grad_(".base_layer." not in name)
@@ -121,7 +120,7 @@ def named_parameters(network: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def update(network: nn.Module, name: str) -> Update | None:
     """What is added to the weight of a plain name, or None; all ranks call it together, for it gathers A and B."""
     path, _, kind = name.rpartition(".")
-    layer = network.get_submodule(path)
+    layer: Any = network.get_submodule(path)
     if kind != "weight" or not hasattr(layer, "base_layer"):
         return None
     A_KC, B_RK = (shards.whole(getattr(layer, f"lora_{matrix}")[_ADAPTER].weight.detach()) for matrix in "AB")

@@ -244,16 +244,16 @@ class Recipe(L.LightningModule):
         if hasattr(self, "denoiser"):
             return
         source = self.source if self.pretrained else None
-        shards = getattr(strategy, "shard", None)
-        network = build(self.model_config, source, attention.NAME, meta=bool(shards and source), dtype=dtype)
+        shard = getattr(strategy, "shard", None)
+        network = build(self.model_config, source, attention.NAME, meta=bool(shard and source), dtype=dtype)
         if self.lora:
             lora.adapt(network, self.lora)
         freeze(network, self.frozen)
         if self.activation_checkpointing:
             network.gradient_checkpointing_enable({"use_reentrant": False})
         denoiser = self._denoiser(network)
-        if shards:
-            shards(denoiser, source)
+        if shard:
+            shard(denoiser, source)
         lora.start(network)
         self.denoiser = denoiser
 

@@ -91,7 +91,7 @@ def adamw(
     denoiser: Denoiser, lr: float, scale: LrScale, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
     """AdamW over what is trained, with weight decay on matrices only."""
-    embedding = denoiser.network.get_input_embeddings().weight
+    embedding: Any = denoiser.network.get_input_embeddings().weight
     if not embedding.requires_grad and scale != LrScale():
         raise ValueError("model.lr_scale has nothing to act on: model.freeze stops the embedding")
     alone = scale.embedding == 0 < scale.mask_row
