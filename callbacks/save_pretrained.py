@@ -10,6 +10,7 @@ from typing import Any
 import lightning as L
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 
+from dlm_lightning import lora
 from dlm_lightning.module import Recipe
 from dlm_lightning.source import SAVED_MODEL
 
@@ -17,21 +18,23 @@ from dlm_lightning.source import SAVED_MODEL
 class SavePretrained(L.Callback):
     """Writes `<run>/model` after the last step; records no metric and holds no state.
 
-    The folder appears whole or not at all, and plain transformers loads it. It is there before the last checkpoint is,
-    because Lightning calls checkpoint callbacks last: a run that is finished has its model.
+    The folder appears whole or not at all, adapters merged, and plain transformers loads it. It is there before the
+    last checkpoint is, because Lightning calls checkpoint callbacks last: a run that is finished has its model.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
         if trainer.global_step < trainer.max_steps:
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(recipe.denoiser.network, options=options)
+        network = recipe.denoiser.network
+        whole: dict[str, Any] = get_model_state_dict(network, options=options)
+        weights = lora.merged(network, whole)
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / SAVED_MODEL
         beside = folder.with_name(f".{SAVED_MODEL}.partial")
         shutil.rmtree(beside, ignore_errors=True)
-        recipe.denoiser.network.save_pretrained(beside, state_dict=weights)
+        network.save_pretrained(beside, state_dict=weights)
         recipe.tokenizer.save_pretrained(beside)
         shutil.rmtree(folder, ignore_errors=True)
         os.rename(beside, folder)

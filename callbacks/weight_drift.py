@@ -18,6 +18,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
 
+from dlm_lightning import lora
 from dlm_lightning.drift import Drift, by_group, measure, pool, rows
 from dlm_lightning.module import Recipe
 
@@ -74,7 +75,7 @@ class WeightDrift(L.Callback):
         if recipe.source is None:
             log.info("WeightDrift measures nothing: a model trained from scratch has no source to drift from")
         elif trainer.is_global_zero:
-            names = [name for name, _ in recipe.denoiser.network.named_parameters() if name not in recipe.source]
+            names = [name for name, _ in lora.named_parameters(recipe.denoiser.network) if name not in recipe.source]
             if names:
                 log.warning(
                     f"WeightDrift leaves out {len(names)} parameters whose names the source's files do not have, "

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
+from dlm_lightning import lora, shards
 from dlm_lightning.source import Source
 
 METRICS = ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank")
@@ -74,9 +74,11 @@ class Drift:
 def measure(network: nn.Module, source: Source) -> list[Drift]:
     """The drift of each parameter that the source has under the same name; all ranks call it together under FSDP2.
 
-    Rows that the source lacks (an added mask token) are left out; tied weights are one parameter, the embedding.
+    Rows that the source lacks (an added mask token) are left out; tied weights are one parameter, the embedding. What
+    an adapter adds to a weight is part of that weight.
     """
-    return [_drift(name, parameter, source) for name, parameter in network.named_parameters() if name in source]
+    known = ((name, parameter) for name, parameter in lora.named_parameters(network) if name in source)
+    return [_drift(name, parameter, lora.update(network, name), source) for name, parameter in known]
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -129,8 +131,11 @@ def rows(drifts: Iterable[Drift]) -> list[Row]:
 
 
 @torch.no_grad()
-def _drift(name: str, parameter: Tensor, source: Source) -> Drift:
-    local, start, all_reduce = _shard(parameter)
+def _drift(name: str, parameter: Tensor, update: lora.Update | None, source: Source) -> Drift:
+    local, start = shards.local(parameter)
+    all_reduce = _sum_over_holders(parameter)
+    if update is not None:
+        local = update.rows(start, start + len(local)).add_(local)
     known = max(0, min(source.rows(name) - start, len(local)))
     now_RC = local[:known].flatten(1) if local.ndim > 1 else local[:known, None]
     delta_RC = torch.empty_like(now_RC, dtype=torch.float32)
@@ -161,12 +166,11 @@ def _drift(name: str, parameter: Tensor, source: Source) -> Drift:
     return Drift(name, layer, group, int(numel), absolute, square, source_square, product, w1, stable_rank)
 
 
-def _shard(parameter: Tensor) -> tuple[Tensor, int, AllReduce]:
-    """What this process holds of a parameter, its first row in the whole, and the sum over the other holders."""
+def _sum_over_holders(parameter: Tensor) -> AllReduce:
+    """A reduction over the processes that hold the other shards of a parameter."""
     if not isinstance(parameter, DTensor):
-        return parameter, 0, lambda tensor, _: tensor  # also under DDP, where every rank holds everything
+        return lambda tensor, _: tensor  # also under DDP, where every rank holds everything
     mesh, placements = parameter.device_mesh, parameter.placements
-    _, offset = compute_local_shape_and_global_offset(parameter.shape, mesh, placements)
 
     def all_reduce(tensor: Tensor, op: dist.ReduceOp.RedOpType) -> Tensor:
         for dim, placement in enumerate(placements):
@@ -174,12 +178,12 @@ def _shard(parameter: Tensor) -> tuple[Tensor, int, AllReduce]:
                 dist.all_reduce(tensor, op, group=mesh.get_group(dim))
         return tensor
 
-    return parameter.to_local(), offset[0], all_reduce
+    return all_reduce
 
 
 def _sorted_w1(vector: Tensor, source_N: Tensor) -> float:
     """Σ|W − W0| over the sorted values; all ranks call it together."""
-    now_N = vector.full_tensor() if isinstance(vector, DTensor) else vector
+    now_N = shards.whole(vector)
     known = min(len(now_N), len(source_N))
     now_N, before_N = (values_N[:known].double().sort().values for values_N in (now_N, source_N.to(now_N.device)))
     return (now_N - before_N).abs().sum().item()

@@ -19,11 +19,13 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention, layouts
+from dlm_lightning import attention, layouts, lora, precision
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.layouts import Diffusion
+from dlm_lightning.lora import Lora
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
+from dlm_lightning.optimizer import LrScale, adamw, freeze
 from dlm_lightning.sight import check_readout, check_sight
 from dlm_lightning.source import Source, build, build_config, stated
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
@@ -55,6 +57,10 @@ class Recipe(L.LightningModule):
         warmup_steps: optimizer steps of linear warm-up.
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
+        lr_scale: factors of `lr` for the mask token's row and for the embedding.
+        lora: train low-rank adapters in place of the layers' own matrices; needs the extra `lora`.
+        freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
+        activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
     """
 
     denoiser: Denoiser
@@ -78,6 +84,10 @@ class Recipe(L.LightningModule):
         warmup_steps: int = 0,
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
+        lr_scale: LrScale = LrScale(),
+        lora: Lora | None = None,
+        freeze: list[str] | None = None,
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         if (source is None) == (config is None):
@@ -105,7 +115,8 @@ class Recipe(L.LightningModule):
         self.shift: str = shift or stated(source, "shift")
         self.noise, self.ar_weight = noise, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
-        self.weight_decay, self.betas = weight_decay, betas
+        self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
+        self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
         self.validated_step = -1
         self._tally: Tensor | None = None
@@ -272,24 +283,32 @@ class Recipe(L.LightningModule):
         return row
 
     def configure_model(self) -> None:
-        """Build the Denoiser, sharded where the strategy shards."""
+        """Build the Denoiser in the trainer's precision, sharded where the strategy shards."""
+        strategy = getattr(self._trainer, "strategy", None)
+        dtype = precision.settle(strategy)
         if hasattr(self, "denoiser"):
             return
         source = self.source if self.pretrained else None
-        shards = getattr(getattr(self._trainer, "strategy", None), "shard", None)
         trained = self._trained if self.pretrained and self.pattern != AUTOREGRESSIVE else None
         if trained and trained.shift not in (None, self.shift):
             raise ValueError(
                 f"model.shift: {self.shift} would misread {self.source_name}, which was trained with {trained.shift}; "
                 "null takes the source's"
             )
-        meta = bool(shards and source)
-        network = build(self.model_config, source, attention.NAME, mask_row=self.mask_row, meta=meta)
+        shard = getattr(strategy, "shard", None)
+        options: Any = {"mask_row": self.mask_row, "meta": bool(shard and source), "dtype": dtype}
+        network = build(self.model_config, source, attention.NAME, **options)
         if self.diffusion:
             setattr(network.config, layouts.KEY, asdict(self.diffusion))
+        if self.lora:
+            lora.adapt(network, self.lora)
+        freeze(network, self.frozen)
+        if self.activation_checkpointing:
+            network.gradient_checkpointing_enable({"use_reentrant": False})
         denoiser = self.wrap(network)
-        if shards:
-            shards(denoiser, source, self.mask_row)
+        if shard:
+            shard(denoiser, source, self.mask_row)
+        lora.start(network)
         self.denoiser = denoiser
 
     def wrap(self, network: PreTrainedModel) -> Denoiser:
@@ -299,10 +318,7 @@ class Recipe(L.LightningModule):
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over `trainer.max_steps`."""
-        matrices = [p for p in self.denoiser.parameters() if p.ndim > 1]
-        vectors = [p for p in self.denoiser.parameters() if p.ndim <= 1]
-        parameters = [{"params": matrices, "weight_decay": self.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, betas=self.betas)
+        optimizer = adamw(self.denoiser, self.lr, self.lr_scale, self.weight_decay, self.betas)
         schedule = get_cosine_with_min_lr_schedule_with_warmup(
             optimizer, self.warmup_steps, self.trainer.max_steps, min_lr_rate=self.min_lr_ratio
         )
@@ -324,6 +340,9 @@ class Recipe(L.LightningModule):
             "model.mask_id": self.mask_id,
             **{f"model.{name}": getattr(self, name) for name in options},
             **{f"model.noise.{name}": value for name, value in asdict(self.noise).items()},
+            **{f"model.lr_scale.{name}": value for name, value in asdict(self.lr_scale).items()},
+            "model.lora": asdict(self.lora) if self.lora else None,
+            "model.freeze": self.frozen,
             "trainer.max_steps": self.trainer.max_steps,
             "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             **self.trainer.datamodule.facts(),

@@ -202,6 +202,7 @@ def build(
     *,
     mask_row: tuple[int, int | str] | None = None,
     meta: bool = False,
+    dtype: torch.dtype = torch.float32,
 ) -> PreTrainedModel:
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
@@ -215,11 +216,11 @@ def build(
             setattr(config, key, 0.0)
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
+            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
     network = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, attn_implementation=attention, dtype=torch.float32
+        source.folder, config=config, attn_implementation=attention, dtype=dtype
     )
     old = config.vocab_size
     if rows != old:

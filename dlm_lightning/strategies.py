@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from dlm_lightning import lora
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source, decoder_layers, initial_row
 
@@ -61,7 +62,7 @@ def fill(network: PreTrainedModel, source: Source, mask_row: tuple[int, int | st
     network.tie_weights()
     ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
     tables = {id(layer.weight) for layer in ends}
-    for name, parameter in network.named_parameters():
+    for name, parameter in lora.named_parameters(network):
         local: Tensor = parameter
         start = 0
         if isinstance(parameter, DTensor):

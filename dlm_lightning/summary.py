@@ -43,6 +43,7 @@ def summarize(folder: str) -> None:
         recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)))
     recipe.configure_model()
     steps = checkpoint.load_weights(recipe, path)["global_step"]
+    recipe.eval()  # in training, activation checkpointing leaves the decoder's cache empty
     console = Console(highlight=False)
     console.print(likelihood(run, steps))
     table = run / FOLDER / TABLE

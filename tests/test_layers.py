@@ -12,10 +12,11 @@ ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
     (0, {"view", "noise"}),
     (0, {"loss", "schedule"}),
-    (1, {"layouts"}),
-    (1, {"source", "attention"}),
+    (1, {"layouts", "shards"}),
+    (1, {"source", "attention", "lora"}),
     (1, {"denoiser", "drift"}),
     (1, {"decode", "sight"}),
+    (2, {"optimizer", "precision"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),

@@ -91,10 +91,11 @@ def test_real_scale_recipes_instantiate_on_the_meta_device(name, tmp_path, monke
     path = ROOT / "recipes" / f"{name}.yaml"
     recipe = parse(catalog.compose(path), on_this_machine(path), PLACEHOLDER).model
     tokens = Tokens((str(n), n) for n in range(TOKENS[name]))
-    recipe.__dict__["source"] = SimpleNamespace(
-        config=build_config(SIZES[name]), tokenizer=lambda: tokens, diffusion=None
-    )
-    recipe._trainer = SimpleNamespace(strategy=SimpleNamespace(shard=lambda denoiser, source, mask_row: None))
+    config = build_config(SIZES[name])
+    recipe.__dict__["source"] = SimpleNamespace(config=config, tokenizer=lambda: tokens, diffusion=None)
+    precision = SimpleNamespace(precision="bf16-mixed")
+    strategy = SimpleNamespace(shard=lambda denoiser, source, mask_row: None, precision_plugin=precision)
+    recipe._trainer = SimpleNamespace(strategy=strategy)
     recipe.configure_model()
     network = recipe.denoiser.network
     assert all(parameter.device == torch.device("meta") for parameter in network.parameters())
