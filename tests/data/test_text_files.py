@@ -4,6 +4,7 @@ import os
 
 import pytest
 
+from dlm_lightning.data.files import SAMPLE
 from dlm_lightning.data.text_files import TextFiles
 
 
@@ -19,7 +20,7 @@ def folder(tmp_path):
 
 
 def names(data):
-    return [name for name, _ in data.files]
+    return [file.name for file in data.files]
 
 
 def texts(data, *splits):
@@ -136,7 +137,7 @@ def test_a_path_that_matches_nothing_is_named(folder, missing):
 def test_fewer_than_two_files_are_refused(folder, paths, found):
     (folder / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=rf"data.paths: .* must hold at least two .py .md .txt files, .*, not {found}$"
+        ValueError, match=rf"data.paths: .* must hold at least two files \(.py .*\), .* or one of records, not {found}$"
     ):
         _ = TextFiles([str(folder / path) for path in paths]).files
 
@@ -147,20 +148,33 @@ def test_a_share_outside_0_and_1_is_refused(share):
         TextFiles(val_share=share)
 
 
-def test_identity_follows_the_files(folder):
+def test_identity_follows_the_content_and_not_the_times(folder):
     def identity(**options):
         return TextFiles([str(folder)], **options).identity()
 
     file = folder / "a" / "0.txt"
-    seen = [identity(), identity(val_share=0.2)]
+    seen = [identity(), identity(val_share=0.2), identity(text_key="other"), identity(val_paths=[str(file)])]
     os.utime(file, ns=(0, 1))
-    seen.append(identity())
-    file.write_text("longer than it was")
-    os.utime(file, ns=(0, 1))
-    seen.append(identity())
+    assert identity() == seen[0]
+    for content in ("text 1", "longer than it was"):  # the first is no longer
+        file.write_text(content)
+        seen.append(identity())
     file.rename(folder / "a" / "renamed.txt")
     seen.append(identity())
-    assert len(set(seen)) == 5 and identity() == seen[-1]
+    assert len(set(seen)) == 7 and identity() == seen[-1]
+
+
+@pytest.mark.parametrize("place", [0, 50_000, 100_000, 250_000, 499_999])
+def test_identity_samples_a_long_file_at_its_beginning_middle_and_end(folder, place):
+    """Where it does not look, only a change of the size is seen."""
+    file = folder / "a" / "0.txt"
+    content = bytearray(b"x" * 500_000)
+    file.write_bytes(content)
+    before = TextFiles([str(folder)]).identity()
+    content[place] = ord("y")
+    file.write_bytes(content)
+    looked_at = min(abs(place - start) for start in (0, 250_000, 500_000)) < SAMPLE / 2 or place < SAMPLE
+    assert (TextFiles([str(folder)]).identity() != before) == looked_at
 
 
 def test_a_changed_file_is_read_again(folder, ready, tmp_path):
