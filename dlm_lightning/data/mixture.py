@@ -10,10 +10,11 @@ from itertools import chain
 from typing import Any
 
 import datasets
+import numpy as np
 
 from dlm_lightning.data.rows import Tally
 from dlm_lightning.data.stream import MixedOrder
-from dlm_lightning.data.token_data import Span, Split, TokenData
+from dlm_lightning.data.token_data import Span, Split, TokenData, padded_sum
 
 
 class Mixture(TokenData):
@@ -89,3 +90,10 @@ class Mixture(TokenData):
             part.rows[split] = part._packed(split)
         self.tallies[split] = sum((part.tallies[split] for part in self.parts), Tally())
         return datasets.concatenate_datasets([part.rows[split] for part in self.parts])
+
+    def _count_tokens(self) -> np.ndarray:
+        """Of an epoch of the mixture: a part's tokens as often as its rows are drawn, which need not be whole numbers."""
+        counts = np.zeros(0)
+        for part, draws in zip(self.parts, self.order.draws, strict=True):
+            counts = padded_sum(counts, part._count_tokens() * (draws / len(part.rows["train"])))
+        return counts

@@ -190,9 +190,8 @@ class TokenData(L.LightningDataModule):
         self.counts_V = self._count_tokens()
         mask_id = self.trainer.lightning_module.mask_id
         if mask_id < len(self.counts_V) and self.counts_V[mask_id]:
-            raise ValueError(
-                f"model.mask_token: id {mask_id} occurs {self.counts_V[mask_id]} times in the data; choose another"
-            )
+            times = np.ceil(self.counts_V[mask_id])
+            raise ValueError(f"model.mask_token: id {mask_id} occurs {times:,.0f} times in the data; choose another")
 
     def _packed(self, split: Split) -> datasets.Dataset:
         self._find_tokenizer()
@@ -262,9 +261,14 @@ class TokenData(L.LightningDataModule):
         counts = np.zeros(len(self.tokenizer), int)
         for ids, document in zip(table.column("ids").chunks, table.column("document").chunks, strict=True):
             real = ids.flatten().to_numpy()[document.flatten().to_numpy() >= 0]
-            more = np.bincount(real, minlength=len(counts))
-            counts = np.pad(counts, (0, len(more) - len(counts))) + more
+            counts = padded_sum(counts, np.bincount(real))
         return counts
+
+
+def padded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two vectors of counts; the shorter one has none of what it lacks."""
+    length = max(len(a), len(b))
+    return np.pad(a, (0, length - len(a))) + np.pad(b, (0, length - len(b)))
 
 
 def _digest(*parts: str) -> str:
