@@ -92,7 +92,7 @@ class Mixture(TokenData):
         return datasets.concatenate_datasets([part.rows[split] for part in self.parts])
 
     def _count_tokens(self) -> np.ndarray:
-        """Of an epoch of the mixture: a part's tokens as often as its rows are drawn, which need not be whole numbers."""
+        """Of an epoch of the mixture: a part's tokens as often as its rows are drawn, so not always whole."""
         counts = np.zeros(0)
         for part, draws in zip(self.parts, self.order.draws, strict=True):
             counts = padded_sum(counts, part._count_tokens() * (draws / len(part.rows["train"])))

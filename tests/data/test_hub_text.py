@@ -83,17 +83,23 @@ def test_mapped_and_streamed_give_the_same_rows(sets, kind, ready, tmp_path):
     assert len(list((tmp_path / "cache" / "rows").glob("*-train.json"))) == 2  # each was read
 
 
+STREAMED = {"streaming": True, "documents": 1000}
+
+
 @HOW
-def test_identity_is_the_same_in_another_process_and_follows_the_keys(sets, how, tmp_path):
+def test_identity_follows_the_keys(sets, how):
     options = [{}, {"val_split": "test"}, {"text_key": "body"}, {"documents": 7}, {"val_share": 0.5}]
     seen = [HubText(**{**sets["lines"], **how, **option}).identity() for option in options]
     assert len(set(seen)) == len(seen)
-    code = (
-        f"from dlm_lightning.data.hub_text import HubText; print(HubText(**{ {**sets['lines'], **how}!r}).identity())"
-    )
+
+
+def test_identity_is_the_same_in_another_process(sets, tmp_path):
+    """With a cache of its own, as on another machine."""
+    both = [{**sets["lines"], **how} for how in ({}, STREAMED)]
+    code = f"from dlm_lightning.data.hub_text import HubText\nfor keys in {both!r}: print(HubText(**keys).identity())"
     path = {**os.environ, "HF_DATASETS_CACHE": str(tmp_path / "elsewhere"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=path, capture_output=True, text=True, check=True)
-    assert done.stdout.splitlines()[-1] == seen[0]
+    assert done.stdout.splitlines()[-2:] == [HubText(**keys).identity() for keys in both]
 
 
 def test_identity_of_a_mapped_set_follows_its_files(sets, tmp_path):

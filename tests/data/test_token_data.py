@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_lightning.data.rows import Document, pack
+from dlm_lightning.data.rows import Document, Tally, pack
 from dlm_lightning.data.stream import VALIDATION
 from dlm_lightning.data.token_data import TokenData
 from dlm_lightning.noise import uniforms
@@ -21,6 +21,11 @@ IDS = {letter: n for n, letter in enumerate("abcdefghijklmnopqrstuvwxyz", 1)}
 
 def columns(rows):
     return [{name: column.tolist() for name, column in row.items()} for row in rows]
+
+
+def unsplit(data):
+    data.splits_documents = False
+    return data
 
 
 def test_rows_are_the_packed_documents_each_closed_by_end_of_text(given, ready):
@@ -36,6 +41,17 @@ def test_a_data_module_that_does_not_split_documents(given, ready):
     data = given(["abcde", "abcde"])
     data.splits_documents = False
     assert [row["ids"] for row in columns(ready(data).rows["train"])] == [[1, 2, 3, 4, 5, 0, 0, 0]] * 2
+
+
+def test_unpacked_each_document_has_rows_of_its_own(given, ready):
+    rows = columns(ready(given(["abcdefghij", "k"], pack=False)).rows["train"])
+    assert [row["ids"] for row in rows] == [[*range(1, 9)], [9, 10, 0, 0, 0, 0, 0, 0], [11, 0, 0, 0, 0, 0, 0, 0]]
+    assert [row["position"][:3] for row in rows] == [[0, 1, 2], [8, 9, 10], [0, 1, 0]]
+
+
+def test_a_split_of_which_nothing_can_be_masked_says_why(given, ready):
+    with pytest.raises(ValueError, match=r"the train split is empty; .*: all 2 have nothing to mask in a row of .* 8$"):
+        ready(unsplit(given([("abcdefgh", "i"), ("abcdefghi", "j")])))
 
 
 # The cache
@@ -55,11 +71,6 @@ def test_set_up_alone_builds_what_is_missing_and_only_once(given, attach):
     assert data.reads == ["train", "val"] and data.rows is rows
 
 
-def unsplit(data):
-    data.splits_documents = False
-    return data
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -70,6 +81,7 @@ def unsplit(data):
         ),
         pytest.param(lambda given, characters: (given(TRAIN), characters(eos_token="<end>")), id="end of text"),
         pytest.param(lambda given, characters: (unsplit(given(TRAIN)), characters()), id="splitting"),
+        pytest.param(lambda given, characters: (given(TRAIN, pack=False), characters()), id="packing"),
     ],
 )
 def test_what_the_rows_are_made_of_names_the_cache(given, ready, characters, change):
@@ -77,6 +89,17 @@ def test_what_the_rows_are_made_of_names_the_cache(given, ready, characters, cha
     data, tokenizer = change(given, characters)
     after = ready(data, tokenizer)
     assert after.reads == ["train", "val"] and after.facts()["data"] != before.facts()["data"]
+
+
+def test_the_tally_lies_beside_the_rows_and_is_made_again_if_it_is_lost(given, ready):
+    first = ready(given(TRAIN))
+    assert first.tallies["train"] == Tally(Counter(len(text) + 1 for text in TRAIN), tokens=15)
+    assert ready(given(TRAIN)).tallies == first.tallies
+    (file,) = (first.cache_dir / "rows").glob("*-train.json")
+    file.unlink()
+    again = ready(given(TRAIN))
+    assert again.tallies == first.tallies and again.reads == ["train"] and file.is_file()
+    assert ready(given(TRAIN)).reads == []
 
 
 def test_building_does_not_pickle_the_trainer(given, ready):
