@@ -1,6 +1,7 @@
-"""Each sample once an epoch, in one order and with one noise, for any module, number of ranks and workers, and resume."""
+"""Each sample once an epoch, in one order and with one noise, for any module, ranks, workers and point of resuming."""
 
 from collections import Counter
+from itertools import product
 
 import datasets
 import pytest
@@ -56,12 +57,13 @@ def modules(text, table, cache, monkeypatch, tmp_path):
     }
 
 
-def run(make, ready, ranks=1, workers=0, steps=None, step=0):
+def run(make, ready, ranks=1, workers=0, accumulate=1, steps=None, step=0):
     """All samples of a run in the global order, as one batch, and the data module of the last rank."""
     loaded = []
     for rank in range(ranks):
-        data = make(batch_size=GLOBAL_BATCH // ranks, num_workers=workers)
-        ready(data, tokenizer=None, global_rank=rank, world_size=ranks, global_step=step, max_steps=steps or 99)
+        data = make(batch_size=GLOBAL_BATCH // ranks // accumulate, num_workers=workers)
+        trainer = {"global_rank": rank, "world_size": ranks, "accumulate_grad_batches": accumulate}
+        ready(data, tokenizer=None, global_step=step, max_steps=steps or 99, **trainer)
         loaded.append(list(data.train_dataloader()) if steps else [])
     in_order = [batch for together in zip(*loaded, strict=True) for batch in together]
     return Batch(*(torch.cat(column) for column in zip(*in_order, strict=True))) if steps else None, data
@@ -107,19 +109,18 @@ def test_each_sample_once_in_one_order_with_one_noise(name, modules, ready, refe
     drawn = Counter(data.order.draw(n).index for n in range(rows))
     if name != "weighted":
         assert drawn == Counter(range(rows))
-    for ranks in (1, 2, 4):
-        for workers in (0, 2):
-            batch, _ = run(modules[name], ready, ranks, workers, steps)
-            assert same(batch, whole), (ranks, workers)
+    for shares in [*product((1, 2, 4), (0, 2), (1,)), (1, 0, 4), (2, 0, 2)]:  # ranks, workers, accumulation
+        batch, _ = run(modules[name], ready, *shares, steps=steps)
+        assert same(batch, whole), shares
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize(("ranks", "workers"), [(1, 0), (2, 2), (4, 0)])
-def test_a_run_that_is_resumed_in_the_middle_sees_the_rest(name, ranks, workers, modules, ready, reference):
+@pytest.mark.parametrize("shares", [(1, 0, 1), (2, 2, 1), (4, 0, 2)], ids=str)
+def test_a_run_that_is_resumed_in_the_middle_sees_the_rest(name, shares, modules, ready, reference):
     whole, data = reference(modules[name])
     steps = steps_of(data)
     middle = steps // 2
-    rest, _ = run(modules[name], ready, ranks, workers, steps, step=middle)
+    rest, _ = run(modules[name], ready, *shares, steps=steps, step=middle)
     assert same(rest, Batch(*(column[middle * GLOBAL_BATCH :] for column in whole)))
 
 
