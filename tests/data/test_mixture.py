@@ -1,11 +1,14 @@
 """Several modules as one: which draw falls to which part, what belongs to whom, and the recipe that says so."""
 
+import json
+import os
 import re
 from collections import Counter
 from fractions import Fraction
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from hypothesis import given as given_any
 from hypothesis import strategies as st
@@ -247,3 +250,33 @@ def test_a_recipe_names_the_parts_and_is_printed_back(tmp_path, monkeypatch):
 def test_a_mistake_in_a_part_is_one_sentence(parts, overrides, says, refused, tmp_path):
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(parts)))
     assert re.search(says, refused("fit", "mine.yaml", *overrides, cwd=tmp_path))
+
+
+def test_a_mixture_trains_and_goes_on_after_its_files_were_touched(typed, small, corpus, tmp_path):
+    """From another folder than the one that its relative path was meant from."""
+    (tmp_path / "texts").mkdir()
+    for file in corpus.iterdir():
+        (tmp_path / "texts" / file.name).write_bytes(file.read_bytes())
+    records = [{"text": f"seven wizards judge quartz {n}"} for n in range(40)]
+    (tmp_path / "texts" / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
+    parts = [{**TEXT, "init_args": {"paths": ["texts"], "val_share": 0.2}}, {**ANSWERS, "init_args": {"samples": 50}}]
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(parts, weights=[1, 1], row_length=24, batch_size=4)))
+    keeps = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    own = ("data.paths", "data.val_share")  # the parts' here
+    words = [word for word in small(trainer__callbacks=keeps) if word.split("=")[0] not in own]
+    said = typed("fit", "mine.yaml", *words, "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    lines = said.out.splitlines()
+    [start] = [n for n, line in enumerate(lines) if line.startswith("data: ")]
+    assert "part 0, TextFiles" in lines[start + 1] and "draws per epoch (50.2%)" in lines[start + 1]
+    last = tmp_path / "run" / "checkpoints" / "step=6.ckpt"
+    weights = torch.load(last, weights_only=True)["state_dict"]
+    last.unlink()
+    for file in (tmp_path / "texts").iterdir():
+        os.utime(file, ns=(0, 1))
+    (tmp_path / "elsewhere").mkdir()
+    resumed = typed("resume", "../run", cwd=tmp_path / "elsewhere")
+    assert resumed.code == 0, resumed.err
+    again = torch.load(last, weights_only=True)["state_dict"]
+    assert all(torch.equal(value, again[name]) for name, value in weights.items())
+    assert "data: " not in typed("validate", "../run", cwd=tmp_path / "elsewhere").out
