@@ -9,7 +9,7 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 
 from dlm_lightning.data.report import RUN, SAMPLE, marked, quantile
-from dlm_lightning.data.rows import Document, pack
+from dlm_lightning.data.rows import Document, Tally, pack
 
 
 @pytest.fixture
@@ -53,6 +53,20 @@ def test_the_sample_is_the_first_that_is_drawn(given, ready, said):
     ids = data.rows["train"][data.order.draw(0).index]["ids"]
     letter = "abcdefghijklmnopqrstuvwxyz"[ids[0] - 1]
     assert said()[-1].split(": ", 1)[1].startswith(f"{letter}⟦")
+
+
+LETTERS = ["abc", "hello", "zz", "a"]
+
+
+def test_the_tally_lies_beside_the_rows_and_is_made_again_if_it_is_lost(given, ready):
+    first = ready(given(LETTERS))
+    assert first.tallies["train"] == Tally(Counter(len(text) + 1 for text in LETTERS), tokens=15)
+    assert ready(given(LETTERS)).tallies == first.tallies
+    (file,) = (first.cache_dir / "rows").glob("*-train.json")
+    file.unlink()
+    again = ready(given(LETTERS))
+    assert again.tallies == first.tallies and again.reads == ["train"] and file.is_file()
+    assert ready(given(LETTERS)).reads == []
 
 
 def row(documents, characters, length=400):

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from dlm_lightning.data.rows import Document, Tally, pack
+from dlm_lightning.data.rows import Document, pack
 from dlm_lightning.data.stream import VALIDATION
 from dlm_lightning.data.token_data import TokenData
 from dlm_lightning.noise import uniforms
@@ -89,17 +89,6 @@ def test_what_the_rows_are_made_of_names_the_cache(given, ready, characters, cha
     data, tokenizer = change(given, characters)
     after = ready(data, tokenizer)
     assert after.reads == ["train", "val"] and after.facts()["data"] != before.facts()["data"]
-
-
-def test_the_tally_lies_beside_the_rows_and_is_made_again_if_it_is_lost(given, ready):
-    first = ready(given(TRAIN))
-    assert first.tallies["train"] == Tally(Counter(len(text) + 1 for text in TRAIN), tokens=15)
-    assert ready(given(TRAIN)).tallies == first.tallies
-    (file,) = (first.cache_dir / "rows").glob("*-train.json")
-    file.unlink()
-    again = ready(given(TRAIN))
-    assert again.tallies == first.tallies and again.reads == ["train"] and file.is_file()
-    assert ready(given(TRAIN)).reads == []
 
 
 def test_building_does_not_pickle_the_trainer(given, ready):
