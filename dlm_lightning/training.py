@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -94,7 +93,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
             runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
-            _pin(cli.config)
+            _pin(cli)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
     except BaseException:
@@ -104,19 +103,12 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     return run
 
 
-def _pin(config: Any) -> None:
+def _pin(cli: LightningCLI) -> None:
     """Make local paths absolute, and name the very folder that a source was found in, which may move on."""
-    model, data = config.model.init_args, config.data.init_args
+    model, data = cli.config.model.init_args, cli.config.data.init_args
     if model.get("source") and Path(model.source).expanduser().is_dir():
         model.source = str(locate(model.source).resolve())
-    for key in ("paths", "val_paths"):
-        if data.get(key):
-            data[key] = [path if "://" in path else str(Path(path).expanduser().absolute()) for path in data[key]]
-    if data.get("cache_dir"):
-        data.cache_dir = str(Path(data.cache_dir).expanduser().absolute())
-    for key in ("hub", "chat_template"):  # may be a local folder or file, or a name or a text
-        if (value := data.get(key)) and os.path.exists(path := os.path.expanduser(value)):
-            data[key] = os.path.abspath(path)
+    cli.datamodule.pin(data)
 
 
 def resume(folder: str) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 from collections.abc import Iterator
 from functools import cached_property
 from pathlib import Path
@@ -13,6 +14,7 @@ from jinja2 import TemplateError, TemplateSyntaxError
 
 from dlm_lightning.data import conversations
 from dlm_lightning.data.conversations import Malformed, Message
+from dlm_lightning.data.files import absolute
 from dlm_lightning.data.rows import Document
 from dlm_lightning.data.token_data import Span, Split, TokenData
 
@@ -106,6 +108,13 @@ class Chat(TokenData):
         read = [*hub, *map(conversations.digest, self._files["train"]), self.prompt_key, self.response_key]
         val = map(conversations.digest, self._files["val"]) if self.val_paths else [self.val_share]
         return "\n".join(map(str, ["chat", *rendered, *read, self.skip_malformed, "val", *val]))
+
+    def pin(self, init_args: Any) -> None:
+        """Those of all modules, and a hub set or a template where it is a local folder or file."""
+        super().pin(init_args)
+        for key in ("hub", "chat_template"):
+            if (value := init_args.get(key)) and os.path.exists(os.path.expanduser(value)):
+                init_args[key] = absolute(value)
 
     def facts(self) -> dict[str, int | str]:
         """What must stay as it is when a run is continued."""

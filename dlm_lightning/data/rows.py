@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import os
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
@@ -24,6 +29,37 @@ class Row(NamedTuple):
     maskable: np.ndarray
 
 
+@dataclass
+class Tally:
+    """What packing has seen: documents by their length in tokens, tokens laid into rows, and documents that were cut at
+    a row's end or left out because nothing of them could be scored."""
+
+    lengths: Counter[int] = field(default_factory=Counter)
+    tokens: int = 0
+    truncated: int = 0
+    dropped: int = 0
+
+    def __add__(self, other: Tally) -> Tally:
+        return Tally(
+            self.lengths + other.lengths,
+            self.tokens + other.tokens,
+            self.truncated + other.truncated,
+            self.dropped + other.dropped,
+        )
+
+    def write(self, path: Path) -> None:
+        """As JSON; all or nothing."""
+        beside = path.with_name(f"{path.name}.{os.getpid()}")
+        beside.write_text(json.dumps({**vars(self), "lengths": sorted(self.lengths.items())}))
+        beside.replace(path)
+
+    @classmethod
+    def read(cls, path: Path) -> Tally:
+        """Raises FileNotFoundError if there is none."""
+        content = json.loads(path.read_text())
+        return cls(**{**content, "lengths": Counter(dict(content["lengths"]))})
+
+
 def blank(length: int, pad_id: int) -> Row:
     """A row of padding: nothing maskable, each token a negative document of its own."""
     return Row(
@@ -34,18 +70,34 @@ def blank(length: int, pad_id: int) -> Row:
     )
 
 
-def pack(documents: Iterable[Document], length: int, pad_id: int, split: bool) -> Iterator[Row]:
-    """Rows of `length` tokens holding all documents in order; only the last row (or, unsplit, row ends) is padded.
+def pack(
+    documents: Iterable[Document],
+    length: int,
+    pad_id: int,
+    split: bool,
+    together: bool = True,
+    tally: Tally | None = None,
+) -> Iterator[Row]:
+    """Rows of `length` tokens holding all documents in order, padded where nothing more fits; fills in the tally.
 
     With `split`, a document that does not fit goes on in the next row with its positions counting on; without, it
-    starts a new row, and what is longer than a row is cut at its end.
+    starts a new row, what is longer than a row is cut at its end, and what then has nothing maskable is left out.
+    Unless `together`, each document starts a new row.
     """
     row, filled, count = blank(length, pad_id), 0, 0
+    tally = Tally() if tally is None else tally
     for ids, maskable in documents:
         done = 0
         stop = len(ids) if split else min(len(ids), length)
+        tally.lengths[len(ids)] += 1
+        if not split and not any(maskable[1:stop]):
+            tally.dropped += 1
+            continue
+        tally.truncated += stop < len(ids)
+        tally.tokens += stop
         while done < stop:
-            if filled == length or (not split and filled + stop > length):
+            starts_row = done == 0 and filled > 0 and (not together or (not split and filled + stop > length))
+            if filled == length or starts_row:
                 yield row
                 row, filled, count = blank(length, pad_id), 0, 0
             take = min(stop - done, length - filled)

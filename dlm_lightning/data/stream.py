@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ from dlm_lightning.data.rows import Row, blank
 from dlm_lightning.noise import raw, uniforms
 from dlm_lightning.view import Batch
 
-TRAIN, VALIDATION, ORDER = 0, 1, 2  # noise streams
+TRAIN, VALIDATION, ORDER, TURNS = 0, 1, 2, 3  # noise streams
 
 
 class Draw(NamedTuple):
@@ -24,6 +25,67 @@ class Draw(NamedTuple):
     index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls on a draw
 
 
+class Order:
+    """The samples of a run, one after another: each epoch is a permutation of the rows, and another one.
+
+    `part` tells the parts of a mixture apart, whose epochs are permuted independently.
+    """
+
+    def __init__(self, rows: int, seed: int, part: int = 0) -> None:
+        self.rows, self.seed, self.part = rows, seed, part
+        self._epoch: tuple[int, np.ndarray] = (-1, np.empty(0, int))
+
+    def draw(self, n: int) -> Draw:
+        """The n-th sample of the run."""
+        epoch, place = divmod(n, self.rows)
+        if self._epoch[0] != epoch:
+            self._epoch = (epoch, _permutation(self.seed, ORDER, epoch, self.part, count=self.rows))
+        return Draw(epoch, place, int(self._epoch[1][place]))
+
+
+class MixedOrder:
+    """Several data sets, one after another in the rows, drawn in proportion to weights.
+
+    An epoch has as many samples as there are rows, of which `draws` says how many are each part's; which are whose is
+    permuted from epoch to epoch. A part's draws go through epochs of its own, so that each of its rows comes once
+    before any comes twice. Without weights they are the rows, so each row comes once per epoch of the mixture.
+    """
+
+    def __init__(self, rows: Sequence[int], weights: Sequence[float] | None, seed: int) -> None:
+        self.rows, self.seed = sum(rows), seed
+        self.draws = share_out(self.rows, rows if weights is None else weights)
+        self._parts = [Order(count, seed, part) for part, count in enumerate(rows)]
+        self._first = np.cumsum([0, *rows])
+        self._epoch: tuple[int, np.ndarray, np.ndarray] = (-1, np.empty(0, int), np.empty(0, int))
+
+    def draw(self, n: int) -> Draw:
+        """The n-th sample of the run."""
+        epoch, place = divmod(n, self.rows)
+        if self._epoch[0] != epoch:
+            places = _permutation(self.seed, TURNS, epoch, count=self.rows)
+            part_of, turn_of = np.empty(self.rows, int), np.empty(self.rows, int)
+            part_of[places] = np.repeat(np.arange(len(self.draws)), self.draws)
+            turn_of[np.argsort(part_of, kind="stable")] = np.concatenate([np.arange(count) for count in self.draws])
+            self._epoch = (epoch, part_of, turn_of)
+        part, turn = (int(column[place]) for column in self._epoch[1:])
+        row = self._parts[part].draw(epoch * self.draws[part] + turn).index
+        return Draw(epoch, place, int(self._first[part]) + row)
+
+
+def share_out(count: int, weights: Sequence[float]) -> list[int]:
+    """Whole numbers in proportion to weights, by largest remainder (ties to the first), that sum up to `count`."""
+    exact = [Fraction(weight) * count / sum(map(Fraction, weights)) for weight in weights]
+    shares = [int(share) for share in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda part: shares[part] - exact[part])
+    for part in by_remainder[: count - sum(shares)]:
+        shares[part] += 1
+    return shares
+
+
+def _permutation(seed: int, stream: int, *counter: int, count: int) -> np.ndarray:
+    return np.argsort(raw(seed, stream, *counter, count=count), kind="stable")
+
+
 class TrainStream:
     """Batch sampler over the whole run: micro-batches of this rank from `start` to `stop`.
 
@@ -32,10 +94,11 @@ class TrainStream:
     batch index and would otherwise end early.
     """
 
-    def __init__(self, rows: int, seed: int, batch_size: int, rank: int, ranks: int, start: int, stop: int) -> None:
-        self.rows, self.seed, self.batch_size = rows, seed, batch_size
+    def __init__(
+        self, order: Order | MixedOrder, batch_size: int, rank: int, ranks: int, start: int, stop: int
+    ) -> None:
+        self.order, self.batch_size = order, batch_size
         self.rank, self.ranks, self.start, self.stop = rank, ranks, start, stop
-        self._order: tuple[int, np.ndarray] = (-1, np.empty(0, int))
 
     def __len__(self) -> int:
         return self.stop
@@ -43,14 +106,7 @@ class TrainStream:
     def __iter__(self) -> Iterator[list[Draw]]:
         for micro_batch in range(self.start, self.stop):
             first = (micro_batch * self.ranks + self.rank) * self.batch_size
-            yield [self.draw(n) for n in range(first, first + self.batch_size)]
-
-    def draw(self, n: int) -> Draw:
-        """The n-th sample of the run."""
-        epoch, place = divmod(n, self.rows)
-        if self._order[0] != epoch:
-            self._order = (epoch, np.argsort(raw(self.seed, ORDER, epoch, count=self.rows), kind="stable"))
-        return Draw(epoch, place, int(self._order[1][place]))
+            yield [self.order.draw(n) for n in range(first, first + self.batch_size)]
 
 
 class ValidationStream:

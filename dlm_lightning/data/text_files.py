@@ -1,16 +1,16 @@
-"""Text files: one's own folders and globs, or by default the Python standard library's source."""
+"""Text files and files of records: one's own, local or by URL, or by default the Python standard library's source."""
 
 from __future__ import annotations
 
-import glob
 import hashlib
-import os
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from dlm_lightning.data.files import File, find
+from dlm_lightning.data.records import for_validation, of_records, texts
 from dlm_lightning.data.token_data import Span, Split, TokenData
 
 TESTS = {"test", "tests", "idle_test"}
@@ -19,71 +19,96 @@ NOT_LIBRARY = {*TESTS, *GENERATED, "site-packages", "dist-packages", "__pycache_
 
 
 class TextFiles(TokenData):
-    """Text files as documents, split by file.
+    """Text files, split by file, and the records of .jsonl and .parquet files, split by record.
 
     Args:
-        paths: files, folders or globs; null takes the Python standard library's own source, without its tests and
-            generated tables.
-        suffixes: which files of a folder are read.
-        val_share: the share of files, chosen by a hash of their names, that is kept for validation.
+        paths: files, folders, globs or URLs (`s3://`, `gs://`, `https://`, …); null takes the Python standard library's
+            own source, without its tests and generated tables.
+        val_paths: the same, for validation; what they name is not trained on, and everything else of `paths` is.
+        suffixes: which files of a folder are read; a suffix of compression, such as .gz, may follow.
+        text_key: the column of a record that holds its text.
+        val_share: without `val_paths`, the share that is kept for validation: of text files by a hash of their names,
+            of each file's records evenly spread.
         **options: see `TokenData`.
     """
 
     def __init__(
         self,
         paths: list[str] | None = None,
-        suffixes: tuple[str, ...] = (".py", ".md", ".txt"),
+        val_paths: list[str] | None = None,
+        suffixes: tuple[str, ...] = (".py", ".md", ".txt", ".jsonl", ".parquet"),
+        text_key: str = "text",
         val_share: float = 0.05,
         **options: Any,
     ) -> None:
         super().__init__(**options)
         if not 0 < val_share < 1:
             raise ValueError(f"data.val_share must lie between 0 and 1, not {val_share}")
-        self.paths, self.suffixes, self.val_share = paths, suffixes, val_share
+        self.paths, self.val_paths, self.suffixes = paths, val_paths, suffixes
+        self.text_key, self.val_share = text_key, val_share
 
     @cached_property
-    def files(self) -> list[tuple[str, Path]]:
-        """(name, path) of each file, sorted; a name is a path below the folder that holds all files.
+    def val_files(self) -> list[File] | None:
+        """The files of `val_paths`, if there are any."""
+        return None if self.val_paths is None else find("data.val_paths", self.val_paths, self.suffixes)
 
-        Raises FileNotFoundError for a path that matches nothing, and ValueError if there are not two files to split.
+    @cached_property
+    def files(self) -> list[File]:
+        """The files of `paths`, sorted by their names below the folder that holds them all.
+
+        Raises FileNotFoundError for a path that matches nothing, and ValueError if they cannot be split.
         """
-        found = _library() if self.paths is None else {file for path in self.paths for file in self._matching(path)}
-        if len(found) < 2:
+        named = _library() if self.paths is None else self.paths
+        apart = {file.url for file in self.val_files or []}
+        files = [file for file in find("data.paths", named, self.suffixes) if file.url not in apart]
+        if self.val_files is None and len(files) < 2 and not any(map(of_records, files)):
             raise ValueError(
-                f"data.paths: {', '.join(self.paths or [])} must hold at least two {' '.join(self.suffixes)} files, "
-                f"one to train on and one for validation, not {len(found)}"
+                f"data.paths: {', '.join(self.paths or [])} must hold at least two files "
+                f"({' '.join(self.suffixes)}), one to train on and one for validation, or one of records, "
+                f"not {len(files)}"
             )
-        root = os.path.commonpath([file.parent for file in found])
-        return sorted((file.relative_to(root).as_posix(), file) for file in found)
-
-    def _matching(self, path: str) -> Iterator[Path]:
-        """The absolute paths of a file, of a folder's files, or of what a glob matches."""
-        place = Path(path).expanduser().absolute()
-        matches = [place] if place.exists() else [Path(match) for match in glob.glob(str(place), recursive=True)]
-        if not matches:
-            raise FileNotFoundError(f"data.paths: nothing matches {path}")
-        for match in matches:
-            inside = (file for file in match.rglob("*") if file.suffix in self.suffixes and file.is_file())
-            yield from (Path(os.path.normpath(file)) for file in (inside if match.is_dir() else [match]))
+        return files
 
     def texts(self, split: Split) -> Iterator[list[Span]]:
-        """The files of a split that are not empty, in the order of a hash of their names."""
-        for _, path in self._split()[split]:
-            if text := path.read_text(encoding="utf-8", errors="replace"):
-                yield [Span(text)]
+        """The documents of a split that are not empty, files in the order of a hash of their names."""
+        for file in self._split()[split]:
+            for text in self._records(file, split) if of_records(file) else [_whole(file)]:
+                if text:
+                    yield [Span(text)]
 
     def identity(self) -> str:
-        """Names, sizes and times of the files, and the share that is kept for validation."""
-        stats = [(name, path.stat()) for name, path in self.files]
-        return "\n".join([str(self.val_share), *(f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats)])
+        """Names and versions of the files, and what decides which of their documents are in which split."""
+        sides = {"paths": self.files, "val_paths": self.val_files or []}
+        versions = (f"{side} {file.name} {file.version()}" for side, files in sides.items() for file in files)
+        return "\n".join([str(self.val_share if self.val_files is None else "apart"), self.text_key, *versions])
 
-    def _split(self) -> dict[Split, list[tuple[str, Path]]]:
-        """Files by split: those with the smallest hashes are kept for validation, at least one in each."""
-        files = sorted(self.files, key=lambda file: hashlib.sha256(file[0].encode()).digest())
-        kept = min(max(1, round(len(files) * self.val_share)), len(files) - 1)
-        return {"val": files[:kept], "train": files[kept:]}
+    def _split(self) -> dict[Split, list[File]]:
+        """Files by split: those text files with the smallest hashes are kept for validation, at least one in each."""
+        if self.val_files is not None:
+            return {"val": sorted(self.val_files, key=_hash), "train": sorted(self.files, key=_hash)}
+        files = sorted(self.files, key=_hash)
+        records = [file for file in files if of_records(file)]
+        whole = [file for file in files if not of_records(file)]
+        kept = max(0, min(max(1, round(len(whole) * self.val_share)), len(whole) - 1))
+        return {"val": whole[:kept] + records, "train": whole[kept:] + records}
+
+    def _records(self, file: File, split: Split) -> Iterator[str]:
+        """A file's records of a split."""
+        phase = int.from_bytes(_hash(file)[:4]) / 2**32
+        for number, text in enumerate(texts(file, self.text_key)):
+            if self.val_files is not None or for_validation(number, self.val_share, phase) == (split == "val"):
+                yield text
 
 
-def _library() -> set[Path]:
+def _hash(file: File) -> bytes:
+    return hashlib.sha256(file.name.encode()).digest()
+
+
+def _whole(file: File) -> str:
+    with file.open() as content:
+        return content.read()
+
+
+def _library() -> Sequence[str]:
     root = Path(sysconfig.get_path("stdlib"))
-    return {file for file in root.rglob("*.py") if not NOT_LIBRARY & set(file.relative_to(root).parts)}
+    return [str(file) for file in root.rglob("*.py") if not NOT_LIBRARY & set(file.relative_to(root).parts)]

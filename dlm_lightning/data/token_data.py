@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 from abc import abstractmethod
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -15,10 +17,22 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
-from dlm_lightning.data.rows import Document, pack
-from dlm_lightning.data.stream import TRAIN, VALIDATION, NoisyRows, TrainStream, ValidationStream, collate
+from dlm_lightning.data import report
+from dlm_lightning.data.files import absolute
+from dlm_lightning.data.rows import Document, Tally, pack
+from dlm_lightning.data.stream import (
+    TRAIN,
+    VALIDATION,
+    MixedOrder,
+    NoisyRows,
+    Order,
+    TrainStream,
+    ValidationStream,
+    collate,
+)
 from dlm_lightning.data.tokenizer import trained_tokenizer
 
+log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 FEATURES = datasets.Features(
     {
@@ -44,6 +58,7 @@ class TokenData(L.LightningDataModule):
         batch_size: rows per device and micro-batch.
         val_rows: rows of the validation split to use, evenly spread, over all ranks; null uses all.
         vocab_size: train a byte-level BPE of this size on the training split; only for a model without a source.
+        pack: whether documents share rows; false gives each rows of its own, padded.
         seed: decides the order of the samples and their noise, and nothing else.
         num_workers: processes that load batches.
         cache_dir: where tokenised rows and trained tokenizers are kept; `$XDG_CACHE_HOME/dlm_lightning` by default.
@@ -58,6 +73,7 @@ class TokenData(L.LightningDataModule):
         batch_size: int = 16,
         val_rows: int | None = 64,
         vocab_size: int | None = None,
+        pack: bool = True,
         seed: int = 0,
         num_workers: int = 0,
         cache_dir: str | None = None,
@@ -68,11 +84,12 @@ class TokenData(L.LightningDataModule):
             if value is not None and value < minimum:
                 raise ValueError(f"data.{name} must be at least {minimum}, not {value}")
         self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows
-        self.vocab_size, self.seed, self.num_workers = vocab_size, seed, num_workers
+        self.vocab_size, self.pack, self.seed, self.num_workers = vocab_size, pack, seed, num_workers
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
         self.cache_dir = Path(cache_dir).expanduser() if cache_dir else cache / "dlm_lightning"
         self.tokenizer: Any = None
         self.rows: dict[Split, datasets.Dataset] = {}
+        self.tallies: dict[Split, Tally] = {}
         self.counts_V = np.empty(0, int)
 
     @abstractmethod
@@ -89,20 +106,35 @@ class TokenData(L.LightningDataModule):
             self._packed(split)
 
     def setup(self, stage: str) -> None:
-        """Open the packed rows and count the training tokens; refuses a mask token that occurs in the data."""
-        if self.rows:
-            return
-        if self.trainer.max_steps < 1:
-            raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
-        if self.trainer.accumulate_grad_batches < 1:
-            raise ValueError("trainer.accumulate_grad_batches must be at least 1")
-        self.rows = {split: self._packed(split) for split in ("train", "val")}
-        self.counts_V = self._count_tokens()
-        mask_id = self.trainer.lightning_module.mask_id
-        if mask_id < len(self.counts_V) and self.counts_V[mask_id]:
-            raise ValueError(
-                f"model.mask_token: id {mask_id} occurs {self.counts_V[mask_id]} times in the data; choose another"
-            )
+        """Open the packed rows, refuse a mask token that occurs in them, and before training say what they are."""
+        if not self.rows:
+            self._open()
+        if stage == "fit" and self.trainer.global_rank == 0:
+            log.info("\n".join(self.report()))
+
+    def report(self) -> list[str]:
+        """What the run trains on, in a few lines."""
+        first = report.marked(self.rows["train"][self.order.draw(0).index], self.tokenizer)
+        return [
+            f"data: {report.size(self.tallies['train'], len(self.rows['train']), self.row_length)}; "
+            f"{report.vocabulary(self.counts_V, len(self.tokenizer))}",
+            f"  {report.lengths(self.tallies['train'])}",
+            f"  validation: {report.size(self.tallies['val'], len(self.rows['val']), self.row_length)}",
+            f"  first sample, what may be masked in {report.OPEN} {report.CLOSE}: {first}",
+        ]
+
+    def pin(self, init_args: Any) -> None:
+        """Make local paths absolute in what a run's config keeps of this module, to be read from any folder."""
+        for key in ("paths", "val_paths"):
+            if init_args.get(key):
+                init_args[key] = [absolute(path) for path in init_args[key]]
+        if init_args.get("cache_dir"):
+            init_args["cache_dir"] = absolute(init_args["cache_dir"])
+
+    @cached_property
+    def order(self) -> Order | MixedOrder:
+        """Which row comes when."""
+        return Order(len(self.rows["train"]), self.seed)
 
     def unigram_entropy(self) -> float:
         """Entropy of the training tokens' frequencies, in nats: the loss of a model that knows nothing else."""
@@ -122,8 +154,7 @@ class TokenData(L.LightningDataModule):
         trainer = self.trainer
         per_step = trainer.accumulate_grad_batches
         stream = TrainStream(
-            rows=len(self.rows["train"]),
-            seed=self.seed,
+            self.order,
             batch_size=self.batch_size,
             rank=trainer.global_rank,
             ranks=trainer.world_size,
@@ -150,14 +181,20 @@ class TokenData(L.LightningDataModule):
             persistent_workers=self.num_workers > 0,
         )
 
+    def _open(self) -> None:
+        if self.trainer.max_steps < 1:
+            raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
+        if self.trainer.accumulate_grad_batches < 1:
+            raise ValueError("trainer.accumulate_grad_batches must be at least 1")
+        self.rows = {split: self._packed(split) for split in ("train", "val")}
+        self.counts_V = self._count_tokens()
+        mask_id = self.trainer.lightning_module.mask_id
+        if mask_id < len(self.counts_V) and self.counts_V[mask_id]:
+            times = np.ceil(self.counts_V[mask_id])
+            raise ValueError(f"model.mask_token: id {mask_id} occurs {times:,.0f} times in the data; choose another")
+
     def _packed(self, split: Split) -> datasets.Dataset:
-        if self.tokenizer is None:
-            recipe = self.trainer.lightning_module
-            if recipe.source and self.vocab_size is not None:
-                raise ValueError("data.vocab_size must be null: the source brings its own tokenizer")
-            self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
-            if self.tokenizer.eos_token_id is None:
-                raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
+        self._find_tokenizer()
         try:
             rows = datasets.Dataset.from_generator(
                 self._rows,
@@ -168,14 +205,33 @@ class TokenData(L.LightningDataModule):
             )
         except datasets.exceptions.DatasetGenerationError as error:  # says no more than that there was one
             raise error.__cause__ or error from None
+        if not self._tally_file(split).exists():
+            deque(self._rows(split), maxlen=0)  # reads the documents again, for the tally alone
+        self.tallies[split] = Tally.read(self._tally_file(split))
         return rows.with_format("numpy")
 
+    def _find_tokenizer(self) -> None:
+        if self.tokenizer is not None:
+            return
+        recipe = self.trainer.lightning_module
+        if recipe.source and self.vocab_size is not None:
+            raise ValueError("data.vocab_size must be null: the source brings its own tokenizer")
+        self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
+        if self.tokenizer.eos_token_id is None:
+            raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
+
     def _rows(self, split: Split) -> Iterator[dict[str, np.ndarray]]:
-        row = None
-        for row in pack(self._documents(split), self.row_length, self.tokenizer.eos_token_id, self.splits_documents):
+        tally, pad_id = Tally(), self.tokenizer.eos_token_id
+        documents = self._documents(split)
+        for row in pack(documents, self.row_length, pad_id, self.splits_documents, self.pack, tally):
             yield row._asdict()
-        if row is None:
-            raise ValueError(f"data: the {split} split is empty; it needs more documents")
+        if not tally.tokens:
+            why = f": all {tally.dropped} have nothing to mask in a row of data.row_length {self.row_length}"
+            raise ValueError(f"data: the {split} split is empty; it needs more documents{why if tally.dropped else ''}")
+        tally.write(self._tally_file(split))
+
+    def _tally_file(self, split: Split) -> Path:
+        return self.cache_dir / "rows" / f"{self._fingerprint}-{split}.json"
 
     def _documents(self, split: Split) -> Iterator[Document]:
         for spans in self.texts(split):
@@ -202,16 +258,21 @@ class TokenData(L.LightningDataModule):
     def _fingerprint(self) -> str:
         """Names what the rows are made of; taken once, as files may change and a call may set a tokenizer's padding."""
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.eos_token_id)
-        return _digest(self.identity(), *tokenizer, str(self.row_length), str(self.splits_documents))
+        return _digest(self.identity(), *tokenizer, str(self.row_length), str(self.splits_documents), str(self.pack))
 
     def _count_tokens(self) -> np.ndarray:
         table = self.rows["train"].data
         counts = np.zeros(len(self.tokenizer), int)
         for ids, document in zip(table.column("ids").chunks, table.column("document").chunks, strict=True):
             real = ids.flatten().to_numpy()[document.flatten().to_numpy() >= 0]
-            more = np.bincount(real, minlength=len(counts))
-            counts = np.pad(counts, (0, len(more) - len(counts))) + more
+            counts = padded_sum(counts, np.bincount(real))
         return counts
+
+
+def padded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """The sum of two vectors of counts; the shorter one has none of what it lacks."""
+    length = max(len(a), len(b))
+    return np.pad(a, (0, length - len(a))) + np.pad(b, (0, length - len(b)))
 
 
 def _digest(*parts: str) -> str:

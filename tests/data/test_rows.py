@@ -1,5 +1,6 @@
 """Packing against a token-by-token reference, and the guarantees that training rests on."""
 
+from collections import Counter
 from itertools import groupby
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dlm_lightning.data.rows import Document, Row, blank, pack
+from dlm_lightning.data.rows import Document, Row, Tally, blank, pack
 
 PAD = 99
 
@@ -22,11 +23,18 @@ documents = st.lists(document(), max_size=8)
 lengths = st.integers(1, 8)
 
 
-def reference(documents, length, split):
+def scorable(document, length):
+    """Whether anything of a document that is cut at `length` can be scored: its first token never is."""
+    return any(document.maskable[1:length])
+
+
+def reference(documents, length, split, together):
     """Rows as lists of (id, position, document, maskable) of their real tokens, built token by token."""
     rows = [[]]
     for number, (ids, maskable) in enumerate(documents):
-        if not split and len(rows[-1]) + min(len(ids), length) > length:
+        if not split and not scorable(documents[number], length):
+            continue
+        if not together or (not split and len(rows[-1]) + min(len(ids), length) > length):
             rows.append([])
         for position, token in enumerate(ids if split else ids[:length]):
             if len(rows[-1]) == length:
@@ -46,9 +54,37 @@ def real(row: Row):
     return [token for token in columns if token[2] >= 0]
 
 
+@given(documents, lengths, st.booleans(), st.booleans())
+def test_equals_the_reference(documents, length, split, together):
+    rows = [real(row) for row in pack(documents, length, PAD, split, together)]
+    assert rows == reference(documents, length, split, together)
+
+
+@given(documents, lengths, st.booleans(), st.booleans())
+def test_the_tally_is_what_happened_to_the_documents(documents, length, split, together):
+    tally = Tally()
+    rows = list(pack(documents, length, PAD, split, together, tally))
+    kept = [document for document in documents if split or scorable(document, length)]
+    assert sorted(tally.lengths.elements()) == sorted(len(document.ids) for document in documents)
+    assert tally.tokens == sum(len(real(row)) for row in rows)
+    assert tally.dropped == len(documents) - len(kept)
+    assert tally.truncated == sum(not split and len(document.ids) > length for document in kept)
+
+
 @given(documents, lengths, st.booleans())
-def test_equals_the_reference(documents, length, split):
-    assert [real(row) for row in pack(documents, length, PAD, split)] == reference(documents, length, split)
+def test_apart_no_row_holds_two_documents(documents, length, split):
+    rows = [real(row) for row in pack(documents, length, PAD, split, together=False)]
+    assert all({number for _, _, number, _ in row} == {0} for row in rows)
+
+
+def test_a_tally_survives_its_file_and_adds_up(tmp_path):
+    documents = [Document(range(n), [True] * n) for n in (1, 3, 3, 9)]
+    tally = Tally()
+    list(pack(documents, 4, PAD, split=False, tally=tally))
+    assert tally == Tally(Counter({1: 1, 3: 2, 9: 1}), tokens=10, truncated=1, dropped=1)
+    tally.write(tmp_path / "tally.json")
+    assert Tally.read(tmp_path / "tally.json") == tally and len(list(tmp_path.iterdir())) == 1
+    assert tally + tally == Tally(Counter({1: 2, 3: 4, 9: 2}), tokens=20, truncated=2, dropped=2)
 
 
 @given(documents, lengths)
@@ -60,12 +96,12 @@ def test_split_holds_every_token_once_in_order_and_pads_only_the_last_row(docume
 
 
 @given(documents, lengths)
-def test_unsplit_never_splits_and_cuts_only_what_is_longer_than_a_row(documents, length):
+def test_unsplit_never_splits_cuts_only_what_is_longer_than_a_row_and_drops_what_has_nothing_to_mask(documents, length):
     rows = list(pack(documents, length, PAD, split=False))
     pieces = [
         [token for token, *_ in piece] for row in rows for _, piece in groupby(real(row), key=lambda token: token[2])
     ]
-    assert pieces == [document.ids[:length] for document in documents if document.ids]
+    assert pieces == [document.ids[:length] for document in documents if scorable(document, length)]
 
 
 @given(documents, lengths, st.booleans())
@@ -101,6 +137,14 @@ def test_a_document_over_three_rows_counts_on_and_its_prompt_stays_unmaskable():
 def test_rows_do_not_share_memory():
     first, second = pack([Document([1, 2, 3, 4], [True] * 4)], 2, PAD, split=True)
     assert first.ids.tolist() == [1, 2] and second.ids.tolist() == [3, 4]
+
+
+def test_a_prompt_that_fills_the_row_leaves_its_document_out():
+    documents = [Document(range(6), [False] * n + [True] * (6 - n)) for n in (3, 4, 5)]
+    tally = Tally()
+    [row] = pack(documents, 4, PAD, split=False, tally=tally)
+    assert row.ids.tolist() == [0, 1, 2, 3] and row.maskable.tolist() == [False] * 3 + [True]
+    assert (tally.truncated, tally.dropped) == (1, 2)
 
 
 @pytest.mark.parametrize("split", [True, False])

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from dlm_lightning.data.rows import Document, pack
-from dlm_lightning.data.stream import TRAIN, VALIDATION, Draw, NoisyRows, TrainStream, ValidationStream, collate
+from dlm_lightning.data.stream import TRAIN, VALIDATION, Draw, NoisyRows, Order, TrainStream, ValidationStream, collate
 from dlm_lightning.noise import uniforms
 from dlm_lightning.view import Batch
 
@@ -20,7 +20,7 @@ LENGTH, PAD, SEED = 5, 99, 3
 
 def global_order(rows, ranks, batch_size, stop, seed=SEED, start=0):
     """All draws of all ranks by micro-batch, rank and sample."""
-    streams = [TrainStream(rows, seed, batch_size, rank, ranks, start, stop) for rank in range(ranks)]
+    streams = [TrainStream(Order(rows, seed), batch_size, rank, ranks, start, stop) for rank in range(ranks)]
     return [draw for micro_batch in zip(*streams, strict=True) for batch in micro_batch for draw in batch]
 
 
@@ -30,7 +30,7 @@ SHARES = [(ranks, 8 // ranks // accumulate, accumulate) for ranks in (1, 2, 4) f
 @pytest.mark.parametrize(("ranks", "batch_size", "accumulate"), SHARES)
 def test_an_optimizer_step_sees_the_same_samples_however_they_are_shared_out(ranks, batch_size, accumulate):
     steps = 5
-    alone = TrainStream(rows=13, seed=SEED, batch_size=8, rank=0, ranks=1, start=0, stop=steps)
+    alone = TrainStream(Order(13, SEED), batch_size=8, rank=0, ranks=1, start=0, stop=steps)
     shared = global_order(13, ranks, batch_size, stop=steps * accumulate)
     assert [shared[8 * step : 8 * step + 8] for step in range(steps)] == list(alone)
 
@@ -52,7 +52,7 @@ def test_a_resumed_stream_goes_on_where_it_stopped(start, ranks):
 
 def test_the_length_is_that_of_the_whole_run_also_when_resumed():
     """Lightning restores the batch index and would otherwise end the run early."""
-    stream = TrainStream(rows=7, seed=SEED, batch_size=2, rank=0, ranks=1, start=9, stop=12)
+    stream = TrainStream(Order(7, SEED), batch_size=2, rank=0, ranks=1, start=9, stop=12)
     assert len(stream) == 12 and len(list(stream)) == 3
 
 
@@ -141,7 +141,7 @@ def test_training_and_validation_noise_differ(rows):
 
 def test_workers_change_nothing(rows):
     def batches(workers):
-        stream = TrainStream(len(rows[0]), SEED, batch_size=2, rank=0, ranks=1, start=1, stop=6)
+        stream = TrainStream(Order(len(rows[0]), SEED), batch_size=2, rank=0, ranks=1, start=1, stop=6)
         return list(DataLoader(noisy(rows), batch_sampler=stream, collate_fn=collate, num_workers=workers))
 
     alone, helped = batches(0), batches(2)

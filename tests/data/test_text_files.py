@@ -1,9 +1,13 @@
 """Which files are documents, and in which split."""
 
+import json
 import os
+from itertools import pairwise
 
+import fsspec
 import pytest
 
+from dlm_lightning.data.files import SAMPLE
 from dlm_lightning.data.text_files import TextFiles
 
 
@@ -19,7 +23,7 @@ def folder(tmp_path):
 
 
 def names(data):
-    return [name for name, _ in data.files]
+    return [file.name for file in data.files]
 
 
 def texts(data, *splits):
@@ -136,7 +140,7 @@ def test_a_path_that_matches_nothing_is_named(folder, missing):
 def test_fewer_than_two_files_are_refused(folder, paths, found):
     (folder / "empty").mkdir()
     with pytest.raises(
-        ValueError, match=rf"data.paths: .* must hold at least two .py .md .txt files, .*, not {found}$"
+        ValueError, match=rf"data.paths: .* must hold at least two files \(.py .*\), .* or one of records, not {found}$"
     ):
         _ = TextFiles([str(folder / path) for path in paths]).files
 
@@ -147,20 +151,33 @@ def test_a_share_outside_0_and_1_is_refused(share):
         TextFiles(val_share=share)
 
 
-def test_identity_follows_the_files(folder):
+def test_identity_follows_the_content_and_not_the_times(folder):
     def identity(**options):
         return TextFiles([str(folder)], **options).identity()
 
     file = folder / "a" / "0.txt"
-    seen = [identity(), identity(val_share=0.2)]
+    seen = [identity(), identity(val_share=0.2), identity(text_key="other"), identity(val_paths=[str(file)])]
     os.utime(file, ns=(0, 1))
-    seen.append(identity())
-    file.write_text("longer than it was")
-    os.utime(file, ns=(0, 1))
-    seen.append(identity())
+    assert identity() == seen[0]
+    for content in ("text 1", "longer than it was"):  # the first is no longer
+        file.write_text(content)
+        seen.append(identity())
     file.rename(folder / "a" / "renamed.txt")
     seen.append(identity())
-    assert len(set(seen)) == 5 and identity() == seen[-1]
+    assert len(set(seen)) == 7 and identity() == seen[-1]
+
+
+@pytest.mark.parametrize("place", [0, 50_000, 100_000, 250_000, 499_999])
+def test_identity_samples_a_long_file_at_its_beginning_middle_and_end(folder, place):
+    """Where it does not look, only a change of the size is seen."""
+    file = folder / "a" / "0.txt"
+    content = bytearray(b"x" * 500_000)
+    file.write_bytes(content)
+    before = TextFiles([str(folder)]).identity()
+    content[place] = ord("y")
+    file.write_bytes(content)
+    looked_at = min(abs(place - start) for start in (0, 250_000, 500_000)) < SAMPLE / 2 or place < SAMPLE
+    assert (TextFiles([str(folder)]).identity() != before) == looked_at
 
 
 def test_a_changed_file_is_read_again(folder, ready, tmp_path):
@@ -172,3 +189,109 @@ def test_a_changed_file_is_read_again(folder, ready, tmp_path):
     assert "text 4" in decoded()
     (folder / "a" / "4.txt").write_text("word 4")
     assert "text 4" not in decoded() and "word 4" in decoded()
+
+
+# Records
+
+
+@pytest.fixture
+def records(tmp_path):
+    """`records("a.jsonl", 40)`: a file of so many records below tmp_path."""
+
+    def write(name, count):
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("\n".join(json.dumps({"text": f"{path.name} {n}", "body": f"body {n}"}) for n in range(count)))
+        return str(path)
+
+    return write
+
+
+def test_one_file_of_records_is_enough_for_both_splits(records):
+    data = TextFiles([records("a.jsonl", 100)], val_share=0.1)
+    train, val = texts(data, "train"), texts(data, "val")
+    assert len(val) == 10 and sorted(train + val) == sorted(f"a.jsonl {n}" for n in range(100))
+    numbers = [int(text.split()[1]) for text in val]
+    assert {b - a for a, b in pairwise(numbers)} == {10}
+
+
+def test_small_files_of_records_give_their_share_together(records, tmp_path):
+    """By itself each has fewer records than one of twenty needs."""
+    for n in range(100):
+        records(f"many/{n}.jsonl", 4)
+    data = TextFiles([str(tmp_path / "many")])
+    assert 10 <= len(texts(data, "val")) <= 30 and len(texts(data, "train", "val")) == 400
+
+
+def test_a_record_stays_in_its_split_when_files_are_added(records, tmp_path):
+    before = texts(TextFiles([records("more/a.jsonl", 60), records("more/b.jsonl", 60)]), "val")
+    records("more/c.jsonl", 60)
+    assert set(before) < set(texts(TextFiles([str(tmp_path / "more")]), "val"))
+
+
+def test_texts_and_records_go_together(folder, records):
+    data = TextFiles([str(folder), records("a.jsonl", 40)], val_share=0.25)
+    assert texts(data, "train") and len(texts(data, "val")) == 5 + 10
+    assert len(set(texts(data, "train", "val"))) == 60
+
+
+def test_the_text_key_names_the_column(records):
+    data = TextFiles([records("a.jsonl", 40)], text_key="body")
+    assert sorted(texts(data, "train", "val")) == sorted(f"body {n}" for n in range(40))
+
+
+def test_an_empty_record_is_no_document(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "a"}\n{"text": ""}\n{"text": "b"}\n')
+    assert sorted(texts(TextFiles([str(tmp_path / "a.jsonl")]), "train", "val")) == ["a", "b"]
+
+
+# Explicit validation files
+
+
+def test_val_paths_are_validated_on_and_all_else_is_trained_on(folder, records):
+    held_out = [str(folder / "a" / "0.txt"), records("val.jsonl", 3)]
+    data = TextFiles([str(folder), records("train.jsonl", 30)], val_paths=held_out)
+    assert sorted(texts(data, "val")) == ["text 0", *(f"val.jsonl {n}" for n in range(3))]
+    assert sorted(texts(data, "train")) == sorted(
+        [*(f"text {n}" for n in range(1, 20)), *(f"train.jsonl {n}" for n in range(30))]
+    )
+
+
+def test_a_single_text_beside_val_paths_is_enough(folder):
+    data = TextFiles([str(folder / "a" / "0.txt")], val_paths=[str(folder / "b" / "1.txt")])
+    assert (texts(data, "train"), texts(data, "val")) == (["text 0"], ["text 1"])
+
+
+def test_val_paths_go_with_the_standard_library(folder):
+    data = TextFiles(val_paths=[str(folder)])
+    assert sorted(texts(data, "val")) == sorted(f"text {n}" for n in range(20))
+    assert len(texts(data, "train")) > 100
+
+
+def test_missing_val_paths_are_named(folder):
+    with pytest.raises(FileNotFoundError, match=r"data.val_paths: nothing matches .*none"):
+        texts(TextFiles([str(folder)], val_paths=[str(folder / "none")]), "val")
+
+
+def test_documents_by_url_are_those_of_the_local_files(folder, records):
+    records("texts/r.jsonl", 30)
+    memory = fsspec.filesystem("memory")
+    memory.put(str(folder), "/texts", recursive=True)
+    there = TextFiles(["memory://texts"])
+    assert [texts(there, split) for split in ("train", "val")] == [
+        texts(TextFiles([str(folder)]), split) for split in ("train", "val")
+    ]
+    assert there.identity() == TextFiles(["memory://texts"]).identity()
+    memory.rm("/texts", recursive=True)
+
+
+def test_a_config_holds_absolute_paths_and_urls_as_they_are(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    held = {"paths": ["texts", "s3://bucket/a.jsonl"], "val_paths": None, "cache_dir": "cache", "seed": 1}
+    TextFiles().pin(held)
+    assert held == {
+        "paths": [f"{tmp_path}/texts", "s3://bucket/a.jsonl"],
+        "val_paths": None,
+        "cache_dir": f"{tmp_path}/cache",
+        "seed": 1,
+    }

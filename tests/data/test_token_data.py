@@ -23,6 +23,11 @@ def columns(rows):
     return [{name: column.tolist() for name, column in row.items()} for row in rows]
 
 
+def unsplit(data):
+    data.splits_documents = False
+    return data
+
+
 def test_rows_are_the_packed_documents_each_closed_by_end_of_text(given, ready):
     data = ready(given(TRAIN, val=[("ab", "cd")]))
     documents = [Document([*(IDS[c] for c in text), 0], [True] * (len(text) + 1)) for text in TRAIN]
@@ -36,6 +41,17 @@ def test_a_data_module_that_does_not_split_documents(given, ready):
     data = given(["abcde", "abcde"])
     data.splits_documents = False
     assert [row["ids"] for row in columns(ready(data).rows["train"])] == [[1, 2, 3, 4, 5, 0, 0, 0]] * 2
+
+
+def test_unpacked_each_document_has_rows_of_its_own(given, ready):
+    rows = columns(ready(given(["abcdefghij", "k"], pack=False)).rows["train"])
+    assert [row["ids"] for row in rows] == [[*range(1, 9)], [9, 10, 0, 0, 0, 0, 0, 0], [11, 0, 0, 0, 0, 0, 0, 0]]
+    assert [row["position"][:3] for row in rows] == [[0, 1, 2], [8, 9, 10], [0, 1, 0]]
+
+
+def test_a_split_of_which_nothing_can_be_masked_says_why(given, ready):
+    with pytest.raises(ValueError, match=r"the train split is empty; .*: all 2 have nothing to mask in a row of .* 8$"):
+        ready(unsplit(given([("abcdefgh", "i"), ("abcdefghi", "j")])))
 
 
 # The cache
@@ -55,11 +71,6 @@ def test_set_up_alone_builds_what_is_missing_and_only_once(given, attach):
     assert data.reads == ["train", "val"] and data.rows is rows
 
 
-def unsplit(data):
-    data.splits_documents = False
-    return data
-
-
 @pytest.mark.parametrize(
     "change",
     [
@@ -70,6 +81,7 @@ def unsplit(data):
         ),
         pytest.param(lambda given, characters: (given(TRAIN), characters(eos_token="<end>")), id="end of text"),
         pytest.param(lambda given, characters: (unsplit(given(TRAIN)), characters()), id="splitting"),
+        pytest.param(lambda given, characters: (given(TRAIN, pack=False), characters()), id="packing"),
     ],
 )
 def test_what_the_rows_are_made_of_names_the_cache(given, ready, characters, change):
@@ -239,26 +251,10 @@ def joined(batches):
     return [torch.cat(tensors) for tensors in zip(*batches, strict=True)]
 
 
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(joined(one), joined(other), strict=True))
-
-
 def test_a_run_has_max_steps_times_accumulation_micro_batches(given, ready):
     batches = loaded(given, ready, max_steps=4, accumulate_grad_batches=3)
     assert len(batches) == 12
     assert torch.cat([batch.place_B for batch in batches]).tolist() == [n % 5 for n in range(24)]
-
-
-def test_ranks_and_accumulation_share_out_the_same_samples_and_noise(given, ready):
-    alone = loaded(given, ready, batch_size=4)
-    assert same(alone, loaded(given, ready, batch_size=2, world_size=2))
-    assert same(alone, loaded(given, ready, batch_size=1, world_size=2, accumulate_grad_batches=2))
-
-
-def test_a_continued_run_sees_what_is_left(given, ready):
-    whole = loaded(given, ready, world_size=2, accumulate_grad_batches=3)
-    rest = loaded(given, ready, world_size=2, accumulate_grad_batches=3, global_step=2)
-    assert len(rest) == 12 and same(rest, whole[12:])
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
