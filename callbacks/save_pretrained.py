@@ -28,7 +28,9 @@ class SavePretrained(L.Callback):
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         network = recipe.denoiser.network
         whole: dict[str, Any] = get_model_state_dict(network, options=options)
-        weights = lora.merged(network, whole)
+        once, names = (dict(network.named_parameters(remove_duplicate=flag)) for flag in (True, False))
+        tied = names.keys() - once.keys()  # copies by now, where the strategy gathers each name by itself
+        weights = {name: weight for name, weight in lora.merged(network, whole).items() if name not in tied}
         if not trainer.is_global_zero:
             return
         folder = Path(trainer.default_root_dir) / SAVED_MODEL
