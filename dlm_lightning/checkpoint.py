@@ -34,8 +34,8 @@ _FACTS = "dlm_lightning"  # the key under which every recipe states what it is
 class Checkpoints(ModelCheckpoint):
     """Keeps the newest checkpoints of a run in `<run>/checkpoints`, and always that of the last step.
 
-    After a SIGUSR1 to any rank, at whatever moment, the next optimizer step to finish is the last one for now: all ranks
-    save it, make the validation that is due after it, if any, and leave by SystemExit with `interruption.EXIT_CODE`.
+    After a SIGUSR1 to any rank, at whatever moment, the next optimizer step to finish is the last one for now: all
+    ranks save it, make the validation that is due after it, if any, and leave by SystemExit with exit code 75.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.

@@ -53,10 +53,10 @@ def words(small: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list
 
 
 @pytest.fixture
-def one(words: Callable[..., list[str]], dlm: Callable, tmp_path: Path) -> Path:
+def one(words: Callable[..., list[str]], typed: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An undisturbed run of one process."""
-    env = {"PYTHONPATH": str(tmp_path), "SPARE": "1"}
-    dlm("fit", "block_causal", *words(), "--run", "one", cwd=tmp_path, env=env)
+    monkeypatch.syspath_prepend(tmp_path)
+    assert typed("fit", "block_causal", *words(), "--run", "one", cwd=tmp_path, env={"SPARE": "1"}).code == 0
     return tmp_path / "one"
 
 
@@ -79,7 +79,7 @@ def torchrun(row_cache: Path, tmp_path: Path) -> Callable[..., subprocess.Comple
     return run
 
 
-@pytest.mark.parametrize("case", ["a bad key", "a folder that holds a run"])
+@pytest.mark.parametrize("case", ["a bad key", pytest.param("a folder that holds a run", marks=pytest.mark.slow)])
 def test_a_refusal_ends_all_ranks_with_one_sentence(case, torchrun, small, tmp_path):
     (tmp_path / "run").mkdir()
     more, says = {"model__blok": 3}, "dlm: model.blok: BlockCausal takes no such key\n"
