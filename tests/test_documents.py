@@ -45,7 +45,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_recipes_and_keys_in_commands_exist(path):
-    for name, words in re.findall(r"dlm fit (\w+)((?: [^\n`]*)?)", path.read_text()):
+    for name, words in re.findall(r"(?:dlm|dlm_lightning\.cli) fit (\w+)((?: [^\n`]*)?)", path.read_text()):
         if name in ("RECIPE", "path", "mine"):
             continue
         config = catalog.compose(catalog.find(name).path)

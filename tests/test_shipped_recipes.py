@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -50,6 +51,10 @@ PARAMETERS = {
     "efficient_dlm_qwen3_8b_4_nodes": 8.19e9,
 }
 TOKENS = {name: 151665 if "qwen2_5" in name else 151669 for name in SIZES}  # of the published tokenizers
+
+
+MEMORY = runpy.run_path(str(ROOT / "benchmarks" / "memory.py"))  # docs/scaling.md's arithmetic
+GIGABYTES = {name: 24 if name.endswith("24gb") else 80 for name in SIZES}
 
 
 def on_this_machine(path: Path) -> list[str]:
@@ -185,3 +190,17 @@ def test_real_scale_budgets_are_what_their_comments_say(name, tokens):
     ranks = trainer.get("num_nodes", 1) * trainer["devices"]
     rows = data["batch_size"] * ranks * trainer["accumulate_grad_batches"]
     assert trainer["max_steps"] * rows * data["row_length"] == pytest.approx(tokens, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_scale_recipes_fit_their_gpus_by_the_documents_arithmetic(name):
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    assert MEMORY["SIZES"][name] == (*(SIZES[name][key] for key in keys), SIZES[name]["tie_word_embeddings"])
+    parts = MEMORY["parts"](name)
+    if not parts["gathered"]:
+        assert parts["states"] == pytest.approx(18e-9 * PARAMETERS[name], rel=0.01)
+    assert parts["peak"] + 2 < GIGABYTES[name]
+
+
+def test_the_documents_memory_table_is_what_the_command_prints():
+    assert MEMORY["table"]() in (ROOT / "docs" / "scaling.md").read_text()
