@@ -13,8 +13,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dlm_lightning import catalog, interruption
+from dlm_lightning.training import parse
 
 BIN = Path(sys.executable).parent
 SCRIPT = catalog.folder("configs") / "slurm" / "train.sbatch"
@@ -176,6 +178,14 @@ def test_a_job_that_is_interrupted_requeues_itself_and_ends_as_if_undisturbed(ta
     end, expected = weights(tmp_path / "run folder"), weights(whole)
     assert all(torch.equal(end[name], value) for name, value in expected.items())
     assert metrics(tmp_path / "run folder") == metrics(whole)
+
+
+def test_lightnings_own_requeueing_is_off(monkeypatch, small, tmp_path):
+    for name, value in {"NTASKS": "1", "PROCID": "0", "LOCALID": "0", "NODEID": "0", "JOB_NAME": "dlm"}.items():
+        monkeypatch.setenv(f"SLURM_{name}", value)
+    cli = parse(catalog.compose(catalog.find("block_causal").path), small(), tmp_path)
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    assert isinstance(environment, SLURMEnvironment) and not environment.auto_requeue
 
 
 def test_a_job_that_fails_does_not_requeue_itself(sbatch, tmp_path):
