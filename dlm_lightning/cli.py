@@ -139,9 +139,8 @@ def _list() -> int:
     for title, rows in tables.items():
         print(title)
         for name, about, origin in rows:
-            for start, line in zip_longest(
-                [name], [*wrap(about, columns, break_on_hyphens=False), f"from {origin}"], fillvalue=""
-            ):
+            lines = [*wrap(about, columns, break_on_hyphens=False), f"from {origin}"]
+            for start, line in zip_longest([name], lines, fillvalue=""):
                 print(f"  {start:<{width}}  {line}")
     return 0
 
