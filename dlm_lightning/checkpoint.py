@@ -13,6 +13,8 @@ import torch.distributed.checkpoint as dcp
 from lightning.pytorch.callbacks import ModelCheckpoint
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
 
+from dlm_lightning import interruption
+
 FOLDER = "checkpoints"
 _SHARDED_META = "meta.pt"  # Lightning writes it last into a sharded checkpoint's folder
 _INDEX = ".metadata"  # torch's own, a pickle that says what lies where in the shards
@@ -32,6 +34,9 @@ _FACTS = "dlm_lightning"  # the key under which every recipe states what it is
 class Checkpoints(ModelCheckpoint):
     """Keeps the newest checkpoints of a run in `<run>/checkpoints`, and always that of the last step.
 
+    After a SIGUSR1 to any rank, at whatever moment, the next optimizer step to finish is the last one for now: all
+    ranks save it, make the validation that is due after it, if any, and leave by SystemExit with exit code 75.
+
     Args:
         every_n_steps: optimizer steps between checkpoints.
         keep: how many to keep.
@@ -48,7 +53,28 @@ class Checkpoints(ModelCheckpoint):
         self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
         super().setup(trainer, pl_module, stage)
 
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        super().on_train_start(trainer, pl_module)
+        self._step, self._leaving = trainer.global_step, False
+
+    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
+        super().on_train_batch_end(trainer, *rest)
+        if trainer.global_step == self._step or trainer.global_step >= trainer.max_steps:
+            return  # a micro-batch without a step, or nothing left to make room for
+        self._step = trainer.global_step
+        self._leaving = trainer.strategy.reduce_boolean_decision(interruption.asked(), all=False)
+        if self._leaving:
+            self._save_step(trainer)
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Leave only here: Lightning logs and validates a step after `on_train_batch_end`, a resume does neither."""
+        if self._leaving:
+            raise SystemExit(interruption.EXIT_CODE)
+
     def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        self._save_step(trainer)
+
+    def _save_step(self, trainer: L.Trainer) -> None:
         if trainer.global_step > self._last_global_step_saved:
             self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
 

@@ -5,14 +5,16 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from textwrap import wrap
 
-from dlm_lightning import __version__, catalog, runs
+from dlm_lightning import __version__, catalog, interruption, runs
 from dlm_lightning.errors import sentence
 
 FIT_HELP = """
@@ -24,21 +26,38 @@ key=value stands for LightningCLI's --key=value; all of its options work:
   --help, --model.help CLASS, --data.help CLASS   what can be set
   --ckpt_path FILE          start a new run from a checkpoint
 """
+PATIENCE = 10  # seconds that a rank which failed leaves to the first one of its machine, to say why
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; errors become one sentence on stderr and exit code 1 (2 for a wrong command line)."""
     warnings.showwarning = lambda message, *_: print(f"dlm: {message}", file=sys.stderr)
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if argv[:1] in (["fit"], ["resume"]):
+        interruption.hold()
     try:
-        return _dispatch(list(sys.argv[1:] if argv is None else argv))
+        code = _dispatch(argv)
+        sys.stdout.flush()
+        return code
+    except BrokenPipeError:  # nobody reads on, as with `dlm list | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 128 + signal.SIGPIPE
     except KeyboardInterrupt:
         print("dlm: stopped", file=sys.stderr)
         return 130
     except Exception as error:
         if os.environ.get("DLM_DEBUG") == "1":
             raise
-        print(f"dlm: {sentence(error)}", file=sys.stderr)
+        if runs.is_first_of_node() or _joined():
+            print(f"dlm: {sentence(error)}", file=sys.stderr)
+        else:  # a launcher ends all ranks when one has ended
+            time.sleep(PATIENCE)
         return 1
+
+
+def _joined() -> bool:
+    """Whether the ranks have met; until then all of a machine fail alike."""
+    return "torch" in sys.modules and sys.modules["torch"].distributed.is_initialized()
 
 
 def _dispatch(argv: list[str]) -> int:
@@ -130,7 +149,8 @@ def _list() -> int:
     for title, rows in tables.items():
         print(title)
         for name, about, origin in rows:
-            for start, line in zip_longest([name], [*wrap(about, columns), f"from {origin}"], fillvalue=""):
+            lines = [*wrap(about, columns, break_on_hyphens=False), f"from {origin}"]
+            for start, line in zip_longest([name], lines, fillvalue=""):
                 print(f"  {start:<{width}}  {line}")
     return 0
 

@@ -17,6 +17,11 @@ def is_first_process() -> bool:
     return all(os.environ.get(rank, "0") == "0" for rank in ("RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"))
 
 
+def is_first_of_node() -> bool:
+    """Whether this process is the first of its machine, as far as a launcher's environment says."""
+    return all(os.environ.get(rank, "0") == "0" for rank in ("LOCAL_RANK", "SLURM_LOCALID"))
+
+
 def create(recipe: str, folder: str | None) -> Path:
     """Make a new run folder, `runs/<recipe>/<number>` unless named; refuses one that already holds something.
 
@@ -25,7 +30,7 @@ def create(recipe: str, folder: str | None) -> Path:
     """
     if RUN_VARIABLE in os.environ and "LOCAL_RANK" in os.environ:
         return Path(os.environ[RUN_VARIABLE])
-    if folder is None and "LOCAL_RANK" in os.environ:
+    if folder is None and ("LOCAL_RANK" in os.environ or os.environ.get("SLURM_NTASKS", "1") != "1"):
         raise ValueError("name the run folder by --run DIR: the ranks that a launcher starts must agree on it")
     if folder is not None and not folder.strip():
         raise ValueError("--run needs the name of a folder")

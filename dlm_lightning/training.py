@@ -12,13 +12,14 @@ from typing import Any
 
 import yaml
 from lightning import LightningDataModule
+from lightning.fabric.plugins.environments import SLURMEnvironment
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from transformers.utils.logging import disable_progress_bar
 
-from dlm_lightning import catalog, checkpoint, runs, strategies  # noqa: F401  (strategies registers fsdp2)
+from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  # noqa: F401  (strategies registers fsdp2)
 from dlm_lightning.errors import check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
@@ -69,6 +70,9 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out")
     if isinstance(cli.trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, SLURMEnvironment):
+        environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
     return cli
 
 
@@ -171,9 +175,12 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
         trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
         if cli.model.validated_step < trainer.global_step:
             trainer.validate(cli.model, cli.datamodule, verbose=False)
-    except SystemExit as stop:  # Lightning's answer to SIGINT, and without a code to SIGTERM
-        onward = f"; go on with `dlm resume {trainer.default_root_dir}`"
-        print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
+    except SystemExit as stop:  # Checkpoints' answer to SIGUSR1, Lightning's to SIGINT, and without a code to SIGTERM
+        onward = f" at step {trainer.global_step}; go on with `dlm resume {trainer.default_root_dir}`"
+        if runs.is_first_process():
+            print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
+        if stop.code == interruption.EXIT_CODE:
+            raise
         raise SystemExit(143 if stop.code is None else 130) from stop
     if trainer.global_step < trainer.max_steps and not trainer.should_stop:
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from dlm_lightning import __version__, catalog
+from dlm_lightning import __version__, catalog, cli
 from dlm_lightning.callbacks.samples import Samples
 from dlm_lightning.callbacks.weight_drift import WeightDrift
 from dlm_lightning.cli import _report
@@ -193,3 +194,30 @@ def test_other_ranks_do_not_name_the_run(rank, monkeypatch, capsys):
     monkeypatch.setenv(rank, "1")
     _report(Path("there"))
     assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("rank", ["LOCAL_RANK", "SLURM_LOCALID"])
+def test_what_all_ranks_refuse_is_said_once_a_machine(rank, typed, monkeypatch, tmp_path):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    assert typed("fit", "nothing", cwd=tmp_path, env={rank: "0"}).err.startswith("dlm: there is no recipe nothing")
+    assert not waited
+    said = typed("fit", "nothing", cwd=tmp_path, env={rank: "1"})
+    assert (said.code, said.err, waited) == (1, "", [cli.PATIENCE])
+    monkeypatch.setattr(cli, "_joined", lambda: True)
+    assert typed("fit", "nothing", cwd=tmp_path, env={rank: "1"}).err.startswith("dlm: there is no recipe nothing")
+
+
+def test_a_reader_that_goes_away_is_no_error(tmp_path):
+    """As with `dlm list | head`, whose pipe may be closed before anything is written to it."""
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run(
+        [sys.executable, "-m", "dlm_lightning.cli", "list"],
+        cwd=tmp_path,
+        stdout=write,
+        stderr=subprocess.PIPE,
+        timeout=60,
+    )
+    os.close(write)
+    assert (done.returncode, done.stderr) == (141, b"")

@@ -19,7 +19,7 @@ FILES = [
     path.relative_to(ROOT)
     for folder in ("dlm_lightning", "recipes", "callbacks", "configs", "benchmarks")
     for path in sorted((ROOT / folder).rglob("*"))
-    if path.suffix in (".py", ".yaml") and path.name != "__init__.py"
+    if path.suffix in (".py", ".yaml", ".sbatch") and path.name != "__init__.py"
     if not any((ROOT / parent).is_symlink() for parent in path.relative_to(ROOT).parents)
 ]
 
@@ -33,7 +33,7 @@ def test_the_tree_names_every_file(path):
 def test_the_tree_names_no_file_that_is_not_there():
     tree = README.split("## The tree")[1].split("##")[0]
     names = {path.name for path in FILES} | {path.name for path in (ROOT / "docs").rglob("*")}
-    for name in re.findall(r"[\w/]+\.(?:py|yaml|md)\b", tree):
+    for name in re.findall(r"[\w/]+\.(?:py|yaml|md|sbatch)\b", tree):
         assert Path(name).name in names | {path.name for path in (ROOT / "tests").rglob("*.py")}, name
 
 
@@ -45,7 +45,7 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_recipes_and_keys_in_commands_exist(path):
-    for name, words in re.findall(r"dlm fit (\w+)((?: [^\n`]*)?)", path.read_text()):
+    for name, words in re.findall(r"(?:dlm|dlm_lightning\.cli) fit (\w+)((?: [^\n`]*)?)", path.read_text()):
         if name in ("RECIPE", "path", "mine"):
             continue
         config = catalog.compose(catalog.find(name).path)

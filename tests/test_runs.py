@@ -14,7 +14,7 @@ from dlm_lightning import runs
 def alone(tmp_path, monkeypatch):
     """In an empty folder, as a process that no launcher started."""
     monkeypatch.chdir(tmp_path)
-    for name in (runs.RUN_VARIABLE, "LOCAL_RANK"):
+    for name in (runs.RUN_VARIABLE, "LOCAL_RANK", "SLURM_NTASKS", "SLURM_PROCID"):
         monkeypatch.setenv(name, "")  # so that it is put back
         monkeypatch.delenv(name)
 
@@ -61,6 +61,18 @@ def test_the_processes_of_other_local_ranks_use_the_parents_folder(tmp_path, mon
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert runs.create("a", None) == runs.create("a", str(first)) == first
     assert [path.name for path in (tmp_path / "runs" / "a").iterdir()] == ["1"]
+
+
+@pytest.mark.parametrize("launcher", [{"LOCAL_RANK": "0"}, {"SLURM_NTASKS": "2", "SLURM_PROCID": "0"}])
+def test_ranks_that_a_launcher_starts_must_be_given_a_folder(launcher, tmp_path, monkeypatch):
+    for name, value in launcher.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="name the run folder by --run DIR"):
+        runs.create("a", None)
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setenv("SLURM_NTASKS", "1")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert runs.create("a", None).name == "1"
 
 
 def test_a_discarded_run_leaves_its_neighbours():

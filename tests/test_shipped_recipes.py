@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import runpy
 from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,14 +30,37 @@ SIZES = {  # of the published config.json files, which are not reachable in test
         "model_type": "qwen2", "vocab_size": 151936, "hidden_size": 1536, "intermediate_size": 8960,
         "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "tie_word_embeddings": True,
     },
+    "block_causal_qwen3_0_6b_24gb": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 1024, "intermediate_size": 3072, "head_dim": 128,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "complementary_mask_qwen3_1_7b_80gb": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 2048, "intermediate_size": 6144, "head_dim": 128,
+        "num_hidden_layers": 28, "num_attention_heads": 16, "num_key_value_heads": 8, "tie_word_embeddings": True,
+    },
+    "efficient_dlm_qwen3_8b_4_nodes": {
+        "model_type": "qwen3", "vocab_size": 151936, "hidden_size": 4096, "intermediate_size": 12288, "head_dim": 128,
+        "num_hidden_layers": 36, "num_attention_heads": 32, "num_key_value_heads": 8, "tie_word_embeddings": False,
+    },
 }  # fmt: skip
-PARAMETERS = {"efficient_dlm_qwen3_4b": 4.02e9, "fast_dllm_v2_qwen2_5_1_5b": 1.54e9}
-TOKENS = {"efficient_dlm_qwen3_4b": 151669, "fast_dllm_v2_qwen2_5_1_5b": 151665}  # of the published tokenizers
+PARAMETERS = {
+    "efficient_dlm_qwen3_4b": 4.02e9,
+    "fast_dllm_v2_qwen2_5_1_5b": 1.54e9,
+    "block_causal_qwen3_0_6b_24gb": 0.6e9,
+    "complementary_mask_qwen3_1_7b_80gb": 1.72e9,
+    "efficient_dlm_qwen3_8b_4_nodes": 8.19e9,
+}
+TOKENS = {name: 151665 if "qwen2_5" in name else 151669 for name in SIZES}  # of the published tokenizers
+
+
+MEMORY = runpy.run_path(str(ROOT / "benchmarks" / "scaling.py"))  # docs/scaling.md's arithmetic
+GIGABYTES = {name: 24 if name.endswith("24gb") else 80 for name in SIZES}
 
 
 def on_this_machine(path: Path) -> list[str]:
     """Overrides that let a recipe for GPUs instantiate where there is none."""
-    return ["trainer.accelerator=cpu", "trainer.devices=1"] if path.stem in SIZES else []
+    here = ["trainer.accelerator=cpu", "trainer.devices=1", "trainer.num_nodes=1"]
+    return here if path.stem in SIZES else []
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
@@ -118,9 +142,16 @@ def test_real_scale_recipes_instantiate_on_the_meta_device(name, tmp_path, monke
 
 
 @pytest.mark.parametrize(
-    ("name", "accumulate", "max_steps"), [("efficient_dlm_qwen3_4b", 16, 11920), ("fast_dllm_v2_qwen2_5_1_5b", 4, 6000)]
+    ("name", "nodes", "devices", "accumulate", "max_steps"),
+    [
+        ("efficient_dlm_qwen3_4b", 1, 8, 64, 11920),
+        ("fast_dllm_v2_qwen2_5_1_5b", 1, 8, 8, 6000),
+        ("block_causal_qwen3_0_6b_24gb", 1, 1, 16, 10000),
+        ("complementary_mask_qwen3_1_7b_80gb", 1, 1, 32, 6000),
+        ("efficient_dlm_qwen3_8b_4_nodes", 4, 8, 16, 11920),
+    ],
 )
-def test_real_scale_recipes_run_on_eight_gpus(name, accumulate, max_steps):
+def test_real_scale_recipes_run_on_the_gpus_they_are_for(name, nodes, devices, accumulate, max_steps):
     """From the YAML itself: the golden dumps are written with another accelerator and number of devices."""
     trainer = catalog.compose(ROOT / "recipes" / f"{name}.yaml")["trainer"]
     callbacks = [callback["class_path"].rpartition(".")[2] for callback in trainer.pop("callbacks")]
@@ -129,8 +160,9 @@ def test_real_scale_recipes_run_on_eight_gpus(name, accumulate, max_steps):
     assert loggers == ["MetricsCSV", "TensorBoardLogger"]
     assert trainer == {
         "accelerator": "gpu",
-        "devices": 8,
-        "strategy": "fsdp2",
+        "devices": devices,
+        **({"num_nodes": nodes} if nodes > 1 else {}),
+        **({"strategy": "fsdp2"} if devices > 1 else {}),
         "precision": "bf16-mixed",
         "accumulate_grad_batches": accumulate,
         "max_steps": max_steps,
@@ -145,9 +177,33 @@ def test_real_scale_recipes_run_on_eight_gpus(name, accumulate, max_steps):
     }
 
 
-@pytest.mark.parametrize(("name", "tokens"), [("efficient_dlm_qwen3_4b", 25e9), ("fast_dllm_v2_qwen2_5_1_5b", 3.15e9)])
-def test_real_scale_budgets_are_the_papers(name, tokens):
+@pytest.mark.parametrize(
+    ("name", "tokens"),
+    [
+        ("efficient_dlm_qwen3_4b", 25e9),
+        ("fast_dllm_v2_qwen2_5_1_5b", 3.15e9),
+        ("block_causal_qwen3_0_6b_24gb", 0.66e9),
+        ("complementary_mask_qwen3_1_7b_80gb", 0.79e9),
+        ("efficient_dlm_qwen3_8b_4_nodes", 25e9),
+    ],
+)
+def test_real_scale_budgets_are_what_their_comments_say(name, tokens):
     config = catalog.compose(ROOT / "recipes" / f"{name}.yaml")
     trainer, data = config["trainer"], config["data"]["init_args"]
-    rows = data["batch_size"] * trainer["devices"] * trainer["accumulate_grad_batches"]
+    ranks = trainer.get("num_nodes", 1) * trainer["devices"]
+    rows = data["batch_size"] * ranks * trainer["accumulate_grad_batches"]
     assert trainer["max_steps"] * rows * data["row_length"] == pytest.approx(tokens, rel=0.01)
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_real_scale_recipes_fit_their_gpus_by_the_documents_arithmetic(name):
+    keys = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads")
+    assert MEMORY["SIZES"][name] == (*(SIZES[name][key] for key in keys), SIZES[name]["tie_word_embeddings"])
+    parts = MEMORY["parts"](name)
+    if not parts["gathered"]:
+        assert parts["states"] == pytest.approx(18e-9 * PARAMETERS[name], rel=0.01)
+    assert parts["peak"] + 2 < GIGABYTES[name]
+
+
+def test_the_documents_memory_table_is_what_the_command_prints():
+    assert MEMORY["table"]() in (ROOT / "docs" / "scaling.md").read_text()
