@@ -12,15 +12,17 @@ ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
     (0, {"view", "noise"}),
     (0, {"loss"}),
+    (0, {"tally"}),
     (1, {"source", "attention"}),
-    (1, {"denoiser", "drift"}),
+    (1, {"denoiser", "drift", "flops"}),
     (1, {"decode"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
     (4, {"errors"}),
     (4, {"training"}),
-    (4, {"picture", "summary"}),
+    (4, {"rehearsal"}),
+    (4, {"picture", "summary", "plan"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}

@@ -122,7 +122,7 @@ def test_real_scale_recipes_run_on_eight_gpus(name, accumulate, max_steps):
     trainer = catalog.compose(ROOT / "recipes" / f"{name}.yaml")["trainer"]
     callbacks = [callback["class_path"].rpartition(".")[2] for callback in trainer.pop("callbacks")]
     loggers = [logger["class_path"].rpartition(".")[2] for logger in trainer.pop("logger")]
-    assert callbacks == ["Checkpoints", "LearningRateMonitor", "WeightDrift", "Samples"]
+    assert callbacks == ["Checkpoints", "LearningRateMonitor", "Throughput", "WeightDrift", "Samples"]
     assert loggers == ["MetricsCSV", "TensorBoardLogger"]
     assert trainer == {
         "accelerator": "gpu",

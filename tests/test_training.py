@@ -16,9 +16,12 @@ RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv without its column of time shares."""
+    """Rows of metrics.csv without its columns of time."""
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if "seconds" not in k and not k.startswith("speed/")}
+            for row in csv.DictReader(file)
+        ]
     return [row for row in rows if set(row.values()) - {"", row["step"], row["epoch"]}]
 
 
