@@ -112,7 +112,6 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
     tokens = Tokens(batch.ids_BL.numel(), scored * data.batch_size, forward)
     done = rehearse(
         recipe,
-        trainer.precision_plugin,
         batch,
         copies,
         max(1, round(tokens.scored)),
@@ -151,8 +150,10 @@ def asked(config: dict[str, Any], overrides: Sequence[str]) -> Machine:
     devices = trainer["devices"]
     if devices in ("auto", -1, "-1", None):
         devices = max(1, found) if gpus else 1
-    elif isinstance(devices, str | list):
-        devices = len(devices.split(",") if isinstance(devices, str) else devices)
+    elif isinstance(devices, list):
+        devices = len(devices)
+    elif isinstance(devices, str) and devices.replace(",", "").isdigit():  # Lightning's "0,3"
+        devices = len(devices.split(","))
     if not isinstance(devices, int) or devices < 1:
         raise ValueError(f"trainer.devices must be a number of devices, a list of them or auto, not {devices}")
     devices *= int(trainer["num_nodes"])

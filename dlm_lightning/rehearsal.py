@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from lightning.pytorch.plugins.precision import Precision
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -101,7 +100,6 @@ def nbytes(tensors: Iterable[Any]) -> int:
 
 def rehearse(
     recipe: Recipe,
-    precision: Precision,
     batch: Batch,
     copies: Sequence[Masked],
     scored: int,
@@ -111,8 +109,8 @@ def rehearse(
     """Build the recipe's network on fake tensors and make two optimizer steps with it.
 
     Args:
-        recipe: without a network yet; its weights are random ones, so that none are read.
-        precision: Lightning's, for casts and autocast.
+        recipe: with a trainer, whose precision counts, and without a network yet; its weights are random ones, so that
+            none are read.
         batch: a micro-batch of real tensors, and `copies` its masks; the values do not matter.
         scored: how many tokens are scored.
         accumulate: micro-batches per optimizer step; above 1, gradients stay during the passes.
@@ -123,7 +121,7 @@ def rehearse(
     recipe.pretrained = False
     try:
         with FakeTensorMode() as fake, Ledger() as ledger:
-            return _rehearse(recipe, precision, _Faked(fake, batch, copies, scored), accumulate, fused, ledger)
+            return _rehearse(recipe, _Faked(fake, batch, copies, scored), accumulate, fused, ledger)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"model: {type(recipe).__name__} cannot be planned: what it computes decides a shape ({error})"
@@ -140,12 +138,9 @@ class _Faked:
         self.weight_N = torch.zeros(scored)
 
 
-def _rehearse(
-    recipe: Recipe, precision: Precision, faked: _Faked, accumulate: int, fused: bool, ledger: Ledger
-) -> Rehearsal:
-    with precision.module_init_context():
-        recipe.configure_model()
-    precision.convert_module(recipe)
+def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, fused: bool, ledger: Ledger) -> Rehearsal:
+    recipe.configure_model()
+    precision = recipe.trainer.precision_plugin  # not before: building the network may settle it
     denoiser = recipe.denoiser.train()
     optimizer = recipe.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
