@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader
 
 from dlm_lightning.callbacks import throughput
 from dlm_lightning.callbacks.throughput import Throughput
+from dlm_lightning.flops import needed
 from dlm_lightning.recipes.block_causal import BlockCausal
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -105,9 +106,7 @@ def test_mfu_is_three_forward_passes_over_the_peak(run, monkeypatch):
     assert [row["speed/mfu"] for row in rows.values()] == pytest.approx([3 * forward / 2.0 / peak] * 4)
 
 
-def test_frozen_weights_need_no_gradient_of_their_own(run, make_recipe):
-    from dlm_lightning.flops import needed
-
+def test_frozen_weights_need_no_gradient_of_their_own():
     network = torch.nn.Sequential(torch.nn.Linear(4, 4, bias=False), torch.nn.Linear(4, 4, bias=False))
     assert needed(100, network) == 300
     network[0].requires_grad_(False)
