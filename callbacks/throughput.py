@@ -49,7 +49,7 @@ class Throughput(L.Callback):
         if self._since is None:
             self._since = time.perf_counter()
 
-    def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, recipe: Recipe, *_: Any) -> None:
         if trainer.global_step == self._step:  # between micro-batches
             return
         self._step = trainer.global_step

@@ -94,7 +94,8 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
     machine = asked(config, overrides)
     here = [*WITHOUT_DEVICES, f"--trainer.precision={machine.precision}"]
     cli = parse(config, [*overrides, *here], PLACEHOLDER)
-    recipe, data, trainer = cli.model, cli.datamodule, cli.trainer
+    recipe, data = cli.model, cli.datamodule
+    trainer: Any = cli.trainer
     if trainer.max_steps < 1:
         raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
     recipe.trainer = data.trainer = trainer
@@ -139,7 +140,13 @@ class Vocabulary(dict):
 
 def asked(config: dict[str, Any], overrides: Sequence[str]) -> Machine:
     """The machine that a recipe and its overrides ask for, which need not be this one."""
-    trainer = {"accelerator": "auto", "devices": "auto", "num_nodes": 1, "strategy": "auto", "precision": "32-true"}
+    trainer: dict[str, Any] = {
+        "accelerator": "auto",
+        "devices": "auto",
+        "num_nodes": 1,
+        "strategy": "auto",
+        "precision": "32-true",
+    }
     trainer |= {key: value for key, value in config.get("trainer", {}).items() if key in trainer}
     for word in overrides:
         key, _, value = word.lstrip("-").partition("=")
