@@ -23,9 +23,8 @@ from dlm_lightning.flops import needed
 from dlm_lightning.loss import score
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import STRATA, uniforms
-from dlm_lightning.rehearsal import Rehearsal, nbytes, rehearse
+from dlm_lightning.rehearsal import Memory, Rehearsal, per_device, rehearse
 from dlm_lightning.source import Source
-from dlm_lightning.strategies import layers
 from dlm_lightning.training import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.view import Batch
 
@@ -48,18 +47,6 @@ class Tokens(NamedTuple):
     data: int
     scored: float
     forward: int
-
-
-@dataclass(frozen=True)
-class Memory:
-    """Bytes of one device: each part whole, and as much of it as is there at the fullest moment, `when`."""
-
-    parts: dict[str, tuple[int, int]]
-    when: str
-
-    @property
-    def peak(self) -> int:
-        return sum(at_peak for _, at_peak in self.parts.values())
 
 
 @dataclass(frozen=True)
@@ -119,7 +106,7 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
         accumulate=trainer.accumulate_grad_batches,
         fused=machine.gpus,
     )
-    memory = per_device(done, machine, recipe.denoiser)
+    memory = per_device(done, machine.strategy, machine.devices, recipe.denoiser)
     return Plan(
         found.name, machine, recipe.denoiser, done, memory, tokens, trainer.accumulate_grad_batches, trainer.max_steps
     )
@@ -189,48 +176,6 @@ def scored_per_row(recipe: Recipe, length: int) -> float:
     copies = recipe.corrupt(batch, recipe.pattern)
     view = recipe.show(batch, copies, recipe.pattern)
     return len(score(batch, view, copies, recipe.ar_weight).index_N) / DRAWS
-
-
-def per_device(done: Rehearsal, machine: Machine, denoiser: Denoiser) -> Memory:
-    """A rehearsal on one device, shared out as the strategy does.
-
-    DDP keeps a second copy of the gradients, its buckets. FSDP2 divides weights, gradients and optimizer state; whole
-    at a time are what lies outside the layers, and two layers, the one at work and the next, with the gradients of one.
-    """
-    shards = machine.devices if machine.strategy == "fsdp2" else 1
-    buckets = done.gradients if machine.strategy.startswith("ddp") else 0
-    whole = _gathered(denoiser) if machine.strategy == "fsdp2" else 0
-    moments = {
-        "in the forward or backward pass": (done.passes, whole, 1),
-        "in the optimizer's step": (done.update, 0, shards),
-    }
-
-    def memory(when: str) -> Memory:
-        moment, gathered, share = moments[when]
-        rest = moment.rest // share
-        kept = min(rest, done.activations) if share == 1 and moment is done.passes else 0
-        parts = {
-            "weights": (done.weights // shards, done.weights // shards),
-            "gradients": ((done.gradients + buckets) // shards, (moment.gradients + buckets) // shards),
-            "optimizer state": (done.optimizer // shards, done.optimizer // shards),
-            "activations": (done.activations, kept),
-            "logits and temporaries": (rest - kept, rest - kept),
-        }
-        if whole:
-            parts["gathered by FSDP2"] = (whole, gathered)
-        return Memory(parts, when)
-
-    return max((memory(when) for when in moments), key=lambda memory: memory.peak)
-
-
-def _gathered(denoiser: Denoiser) -> int:
-    """Bytes that FSDP2 has whole at a time."""
-    split = [list(layer.parameters()) for layer in layers(denoiser.network)]
-    inside = {id(p) for parameters in split for p in parameters}
-    outside = [p for p in denoiser.parameters() if id(p) not in inside]
-    largest = max(split, key=nbytes)
-    gradients = nbytes(p for p in outside + largest if p.requires_grad)
-    return nbytes(outside) + 2 * nbytes(largest) + gradients
 
 
 # The tables

@@ -1,4 +1,4 @@
-"""A training step on fake tensors: nothing is computed, and every byte and FLOP of it is counted.
+"""A training step on fake tensors: nothing is computed, every byte and FLOP is counted and shared out among devices.
 
 Shapes: B rows, L tokens per copy, N scored tokens.
 """
@@ -16,10 +16,12 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.flops import FlopCounter
 from dlm_lightning.loss import weighted_sum
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import Masked
+from dlm_lightning.strategies import layers
 from dlm_lightning.view import Batch
 
 
@@ -185,3 +187,57 @@ def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, fused: bool, ledge
         forward=forward,
         computed=computed,
     )
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one device: each part whole, and as much of it as is there at the fullest moment, `when`."""
+
+    parts: dict[str, tuple[int, int]]
+    when: str
+
+    @property
+    def peak(self) -> int:
+        return sum(at_peak for _, at_peak in self.parts.values())
+
+
+def per_device(done: Rehearsal, strategy: str, devices: int, denoiser: Denoiser) -> Memory:
+    """A rehearsal on one device, shared out as the strategy does.
+
+    DDP keeps a second copy of the gradients, its buckets. FSDP2 divides weights, gradients and optimizer state; whole
+    at a time are what lies outside the layers, and two layers, the one at work and the next, with the gradients of one.
+    """
+    shards = devices if strategy == "fsdp2" else 1
+    buckets = done.gradients if strategy.startswith("ddp") else 0
+    whole = _gathered(denoiser) if strategy == "fsdp2" else 0
+    moments = {
+        "in the forward or backward pass": (done.passes, whole, 1),
+        "in the optimizer's step": (done.update, 0, shards),
+    }
+
+    def memory(when: str) -> Memory:
+        moment, gathered, share = moments[when]
+        rest = moment.rest // share
+        kept = min(rest, done.activations) if share == 1 and moment is done.passes else 0
+        parts = {
+            "weights": (done.weights // shards, done.weights // shards),
+            "gradients": ((done.gradients + buckets) // shards, (moment.gradients + buckets) // shards),
+            "optimizer state": (done.optimizer // shards, done.optimizer // shards),
+            "activations": (done.activations, kept),
+            "logits and temporaries": (rest - kept, rest - kept),
+        }
+        if whole:
+            parts["gathered by FSDP2"] = (whole, gathered)
+        return Memory(parts, when)
+
+    return max((memory(when) for when in moments), key=lambda memory: memory.peak)
+
+
+def _gathered(denoiser: Denoiser) -> int:
+    """Bytes that FSDP2 has whole at a time."""
+    split = [list(layer.parameters()) for layer in layers(denoiser.network)]
+    inside = {id(p) for parameters in split for p in parameters}
+    outside = [p for p in denoiser.parameters() if id(p) not in inside]
+    largest = max(split, key=nbytes)
+    gradients = nbytes(p for p in outside + largest if p.requires_grad)
+    return nbytes(outside) + 2 * nbytes(largest) + gradients
