@@ -83,6 +83,9 @@ def _dispatch(argv: list[str]) -> int:
     show.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
     show.add_argument("overrides", metavar="key=value", nargs="*")
     show.add_argument("--out", metavar="PNG", help="where the picture goes; default <recipe>.png")
+    plan = commands.add_parser("plan", help="what a recipe will take: parameters, memory, tokens, FLOPs")
+    plan.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
+    plan.add_argument("overrides", metavar="key=value", nargs="*")
     args = parser.parse_args(argv)
     if args.command == "list":
         return _list()
@@ -90,6 +93,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning.probe import probe as run_probe
 
         run_probe(args.source, args.overrides)
+        return 0
+    if args.command == "plan":
+        from dlm_lightning import plan as planning
+
+        planning.show(args.recipe, args.overrides)
         return 0
     if args.command == "show":
         from dlm_lightning.picture import show as draw

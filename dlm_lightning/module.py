@@ -28,6 +28,7 @@ from dlm_lightning.noise import NELBO, Masked, Noise
 from dlm_lightning.optimizer import LrScale, adamw, freeze
 from dlm_lightning.sight import check_readout, check_sight
 from dlm_lightning.source import Source, build, build_config, stated
+from dlm_lightning.tally import Tally, count, total_norm
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
 
 FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
@@ -64,6 +65,7 @@ class Recipe(L.LightningModule):
     """
 
     denoiser: Denoiser
+    tally: Tally  # of the last optimizer step
     trainer: Any  # a Trainer whose datamodule is a TokenData
     maskings: ClassVar[tuple[str, ...]] = ("bernoulli", "exact", "exact_round", "tilted")
 
@@ -157,18 +159,27 @@ class Recipe(L.LightningModule):
         # 4. a weighted sum; `on_before_optimizer_step` divides by the count over ranks and micro-batches, so the
         #    division that Lightning and the strategy are about to make is undone here
         loss = weighted_sum(nll_N, scored.weight_N)
-        tally = torch.stack([loss.detach(), batch.maskable_BL.sum().to(loss.dtype)])
-        self._tally = tally if self._tally is None else self._tally + tally
+        # 5. what is logged: a vector that is added up over micro-batches here, over ranks before the optimizer step
+        noise_block = pattern.block_size if self.noise.t_per == "block" else None
+        counted = count(batch, view, copies, scored, nll_N, noise_block)
+        self._tally = counted if self._tally is None else self._tally + counted
         return loss * self.trainer.accumulate_grad_batches * self.trainer.world_size
 
     @torch.no_grad()
     def on_before_optimizer_step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Divide gradients and loss by the number of maskable tokens of this step, over ranks and micro-batches."""
-        total, count = self.trainer.strategy.reduce(self._tally, reduce_op="sum")
+        """Divide gradients and loss by the number of maskable tokens of this step, over ranks and micro-batches.
+
+        Logs `train/loss` per maskable token, `train/grad_norm` before clipping, `train/masked_ce/<share>` of `Tally`.
+        """
+        self.tally = Tally.read(self.trainer.strategy.reduce(self._tally, reduce_op="sum"))
         self._tally = None
-        count = max(1.0, count.item())  # a number, because a DTensor divides by no plain tensor
-        torch._foreach_div_([p.grad for p in self.denoiser.parameters() if p.grad is not None], count)
-        self.log("train/loss", total / count, prog_bar=True)
+        tokens = max(1.0, self.tally.maskable)  # a number, because a DTensor divides by no plain tensor
+        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
+        torch._foreach_div_(gradients, tokens)
+        self.log("train/loss", self.tally.loss / tokens, prog_bar=True)
+        self.log("train/grad_norm", total_norm(gradients))
+        for share, mean in self.tally.masked_ce.items():
+            self.log(f"train/masked_ce/{share}", mean)
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say; see `sight`."""

@@ -26,26 +26,28 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from dlm_lightning import layouts
 
 SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
-FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; no code
+FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; no code
 
 
-def locate(source: str) -> Path:
+def locate(source: str, weights: bool = True) -> Path:
     """The local folder of a source: a folder, a run folder, a folder of numbered runs (the newest), or a hub id.
 
-    Raises FileNotFoundError, naming what is missing.
+    Raises FileNotFoundError, naming what is missing. Without `weights`, none are fetched or asked for.
     """
+    check = _with_weights if weights else Path
+    patterns = [*FILES, *(["*.safetensors"] if weights else [])]
     path = Path(source).expanduser()
     if path.is_dir():
         runs = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
         for folder in [path, path / SAVED_MODEL, *(run / SAVED_MODEL for run in runs)]:
             if (folder / "config.json").is_file():
-                return _with_weights(folder)
+                return check(folder)
         raise FileNotFoundError(f"model.source: {source} holds no model (no config.json in it)")
     if source.count("/") != 1 or source.startswith((".", "~", "/", "runs/")):
         hint = "; `dlm fit ar_source` trains one" if Path(source).name == "ar_source" else ""
         raise FileNotFoundError(f"model.source: there is no folder {source}{hint}")
     try:
-        return _with_weights(Path(snapshot_download(source, allow_patterns=FILES)))
+        return check(Path(snapshot_download(source, allow_patterns=patterns)))
     except (OSError, HFValidationError) as error:
         raise FileNotFoundError(
             f"model.source: {source} is no local folder and cannot be fetched from the hub"
@@ -63,13 +65,18 @@ class Source:
 
     Args:
         source: a hub id, a local folder, or a run folder of this project.
+        weights: false for config and tokenizer alone; there are no tensors then.
     """
 
-    def __init__(self, source: str) -> None:
-        self.folder = locate(source)
+    def __init__(self, source: str, weights: bool = True) -> None:
+        self.folder = locate(source, weights)
+        self._file_of: dict[str, str] = {}
+        if weights:
+            self._index()
+
+    def _index(self) -> None:
         index = self.folder / SAFE_WEIGHTS_INDEX_NAME
         named = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
-        self._file_of: dict[str, str] = {}
         files = sorted(set(named.values()) or {SAFE_WEIGHTS_NAME})
         if missing := [file_name for file_name in files if not (self.folder / file_name).is_file()]:
             raise FileNotFoundError(f"model.source: {self.folder} lacks {', '.join(missing)}")

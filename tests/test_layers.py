@@ -12,9 +12,10 @@ ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
     (0, {"view", "noise"}),
     (0, {"loss", "schedule"}),
+    (0, {"tally"}),
     (1, {"layouts", "shards"}),
     (1, {"source", "attention", "lora"}),
-    (1, {"denoiser", "drift"}),
+    (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
@@ -22,7 +23,8 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"catalog", "runs"}),
     (4, {"errors"}),
     (4, {"training"}),
-    (4, {"picture", "summary", "probe"}),
+    (4, {"rehearsal"}),
+    (4, {"picture", "summary", "plan", "probe"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}

@@ -156,7 +156,7 @@ def test_real_scale_recipes_run_on_the_gpus_they_are_for(name, nodes, devices, a
     trainer = catalog.compose(ROOT / "recipes" / f"{name}.yaml")["trainer"]
     callbacks = [callback["class_path"].rpartition(".")[2] for callback in trainer.pop("callbacks")]
     loggers = [logger["class_path"].rpartition(".")[2] for logger in trainer.pop("logger")]
-    assert callbacks == ["Checkpoints", "LearningRateMonitor", "WeightDrift", "Samples", "SavePretrained"]
+    assert callbacks == ["Checkpoints", "LearningRateMonitor", "Throughput", "WeightDrift", "Samples", "SavePretrained"]
     assert loggers == ["MetricsCSV", "TensorBoardLogger"]
     assert trainer == {
         "accelerator": "gpu",

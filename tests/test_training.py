@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import math
 import re
 import shutil
 from pathlib import Path
@@ -16,9 +17,12 @@ RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
-    """Rows of metrics.csv without its column of time shares."""
+    """Rows of metrics.csv without its columns of time."""
     with (run / "metrics.csv").open(newline="") as file:
-        rows = [{k: v for k, v in row.items() if "seconds" not in k} for row in csv.DictReader(file)]
+        rows = [
+            {k: v for k, v in row.items() if "seconds" not in k and not k.startswith("speed/")}
+            for row in csv.DictReader(file)
+        ]
     return [row for row in rows if set(row.values()) - {"", row["step"], row["epoch"]}]
 
 
@@ -151,6 +155,11 @@ def test_two_ranks_give_the_losses_of_one(recipe, strategy, dlm, small, tmp_path
     done = dlm("fit", recipe, *two, "--run", "two", cwd=tmp_path)
     assert done.stdout.count("run: ") == 1
     assert losses(tmp_path / "two") == pytest.approx(losses(tmp_path / "one"), rel=1e-5)
+    one, two = ([row for row in metrics(tmp_path / run) if row["train/loss"]] for run in ("one", "two"))
+    for name in ("train/grad_norm", *(name for name in one[0] if name.startswith("train/masked_ce/"))):
+        ours, theirs = ([float(row[name]) for row in rows] for rows in (one, two))
+        assert theirs == pytest.approx(ours, rel=1e-4, nan_ok=True), name
+        assert not all(math.isnan(value) for value in ours), name
     one, two = ([row for row in metrics(tmp_path / run) if row["val/nelbo"]] for run in ("one", "two"))
     for name in ("val/nelbo", "val/ar_nll", "val/masked_ce"):
         assert [float(row[name]) for row in two] == pytest.approx([float(row[name]) for row in one], rel=1e-5)
@@ -245,6 +254,37 @@ def test_bf16_mixed_trains_close_to_float32(dlm, small, tmp_path):
     dlm("fit", "block_causal", *small(trainer__precision="bf16-mixed"), "--run", "half", cwd=tmp_path)
     assert losses(tmp_path / "half") == pytest.approx(losses(tmp_path / "full"), rel=0.03)
     assert losses(tmp_path / "half") != losses(tmp_path / "full")
+
+
+LOGGER = """
+from lightning.pytorch.loggers.logger import Logger
+class Lines(Logger):
+    def __init__(self, path: str): super().__init__(); self.path = path
+    name = version = "lines"
+    def log_hyperparams(self, *_): pass
+    def log_metrics(self, metrics, step=None):
+        with open(self.path, "a") as file: print(step, *sorted(metrics), file=file)
+"""
+
+
+def test_another_logger_is_appended_by_one_override_and_survives_a_resume(typed, small, tmp_path, monkeypatch):
+    (tmp_path / "lines.py").write_text(LOGGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    more = ["trainer.logger+=lines.Lines", f"trainer.logger.path={tmp_path / 'lines.txt'}"]
+    quick = small(trainer__callbacks="[]", trainer__limit_val_batches=0)
+    said = typed("fit", "block_causal", *quick, *more, "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+
+    def logged() -> list[str]:
+        steps = [line.split()[0] for line in (tmp_path / "lines.txt").read_text().splitlines() if "train/loss" in line]
+        assert steps == [row["step"] for row in metrics(tmp_path / "run") if row["train/loss"]] * (len(steps) // 6)
+        assert list((tmp_path / "run" / "tensorboard").iterdir())
+        return steps
+
+    assert len(logged()) == 6
+    said = typed("resume", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert len(logged()) == 12
 
 
 DOCS = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()

@@ -1,0 +1,102 @@
+"""Tokens per second, by each of the three ways to count them, and the share of the device's peak that is used."""
+
+from __future__ import annotations
+
+import time
+from contextlib import ExitStack
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.fabric.utilities.throughput import get_available_flops
+
+from dlm_lightning.flops import FlopCounter, needed
+from dlm_lightning.module import Recipe
+
+KINDS = ("data", "scored", "forward")
+
+
+class Throughput(L.Callback):
+    """Logs tokens per second over all ranks since the last row of metrics; it holds no state.
+
+    speed/data_tokens_per_second: tokens of the corpus, padding left out; `tokens/s` in the progress bar.
+    speed/scored_tokens_per_second: terms of the loss.
+    speed/forward_tokens_per_second: tokens that the network computed, those of every copy and of padding.
+    speed/mfu: FLOPs that the network needs over the peak of the devices, where Lightning knows it; recomputation does
+    not count. The FLOPs are those of the first micro-batch.
+
+    The clock stands still from a validation or a checkpoint to the next batch.
+    """
+
+    def __init__(self) -> None:
+        self._tokens = dict.fromkeys(KINDS, 0.0)
+        self._steps = self._step = 0
+        self._seconds = 0.0
+        self._since: float | None = None
+        self._peak: int | None = None
+        self._flops = 0.0  # of a micro-batch, 0 before the first
+
+    def on_train_start(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        self._clear(trainer.global_step)
+        self._since, self._flops = None, 0.0
+        precision = trainer.precision
+        dtype = torch.float32 if precision in ("32-true", "64-true") else torch.bfloat16
+        self._peak = get_available_flops(trainer.strategy.root_device, dtype)
+        if self._peak:
+            self._count_flops(recipe)
+
+    def on_train_batch_start(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
+        if self._since is None:
+            self._since = time.perf_counter()
+
+    def on_train_batch_end(self, trainer: Any, recipe: Recipe, *_: Any) -> None:
+        if trainer.global_step == self._step:  # between micro-batches
+            return
+        self._step = trainer.global_step
+        self._steps += 1
+        for kind in KINDS:
+            self._tokens[kind] += getattr(recipe.tally, kind)
+        self._stop()
+        self._since = time.perf_counter()
+        for kind in KINDS:
+            recipe.log(f"speed/{kind}_tokens_per_second", self._tokens[kind] / self._seconds)
+        recipe.log("tokens/s", self._tokens["data"] / self._seconds, prog_bar=True, logger=False)  # a bar is narrow
+        if self._peak:
+            flops = self._flops * self._steps * trainer.accumulate_grad_batches
+            recipe.log("speed/mfu", flops / self._seconds / self._peak)  # of one rank: all do the same
+        if self._step % trainer.log_every_n_steps == 0:
+            self._clear(self._step)
+
+    def on_validation_start(self, *_: Any) -> None:
+        self._stop()
+
+    def on_save_checkpoint(self, *_: Any) -> None:
+        self._stop()
+
+    def _stop(self) -> None:
+        if self._since is not None:
+            self._seconds += time.perf_counter() - self._since
+        self._since = None
+
+    def _clear(self, step: int) -> None:
+        self._tokens = dict.fromkeys(KINDS, 0.0)
+        self._steps, self._step, self._seconds = 0, step, 0.0
+
+    def _count_flops(self, recipe: Recipe) -> None:
+        """Count the next forward pass, once."""
+        counter, stack = FlopCounter(), ExitStack()
+
+        def before(*_: Any) -> None:
+            stack.enter_context(counter)
+
+        def after(*_: Any) -> None:
+            stack.close()
+            self._flops = needed(counter.get_total_flops(), recipe.denoiser)
+            for handle in handles:
+                handle.remove()
+
+        denoiser = recipe.denoiser
+        handles = [
+            denoiser.register_forward_pre_hook(before),
+            denoiser.register_forward_hook(after, always_call=True),
+        ]

@@ -1,0 +1,246 @@
+"""What a plan says, against formulas, a real step, and a measured run."""
+
+from __future__ import annotations
+
+import importlib.util
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from dlm_lightning.loss import weighted_sum
+from dlm_lightning.plan import Plan, plan, rows
+from dlm_lightning.recipes.block_causal import BlockCausal
+
+BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
+B, L, STEPS, VOCABULARY = 4, 24, 6, 301
+BATCH = B * L
+
+
+@pytest.fixture
+def planned(small, tmp_path, monkeypatch):
+    """`planned(recipe, *words, **overrides)`: the plan of a shipped recipe on the tiny source."""
+    monkeypatch.chdir(tmp_path)
+    return lambda recipe, *words, **more: plan(recipe, [*small(**more), *words])
+
+
+@pytest.fixture
+def parameters(source_folder):
+    """The parameters of the tiny source with one more row, for the mask token."""
+    network = AutoModelForCausalLM.from_pretrained(source_folder("qwen3", tied=True))
+    return sum(p.numel() for p in network.parameters()) + 32
+
+
+# Tokens and FLOPs
+
+
+@pytest.mark.parametrize(
+    ("recipe", "copies", "share"),
+    [("ar_source", 1, 1), ("full_bidirectional", 1, 0.5), ("block_causal", 2, 0.5), ("complementary_mask", 3, 1)],
+)
+def test_the_three_counts_of_tokens_are_kept_apart(recipe, copies, share, small, planned):
+    none = ["model.config=null", "data.vocab_size=null"] if recipe == "ar_source" else []
+    found = planned(recipe, *none).tokens
+    assert (found.data, found.forward) == (BATCH, copies * BATCH)
+    exact = share == 1
+    assert found.scored == pytest.approx(share * B * (L - 1), rel=1e-9 if exact else 0.02)
+
+
+def test_an_ar_loss_beside_is_counted(planned):
+    found = planned("full_bidirectional", "model.ar_weight=0.5").tokens
+    assert found.forward == 2 * BATCH
+    assert found.scored == pytest.approx(1.5 * B * (L - 1), rel=0.02)
+
+
+def test_flops_are_those_of_the_matrices_and_of_attention(planned):
+    found = planned("block_causal")
+    S, scored = 2 * L, round(found.tokens.scored)
+    named = found.denoiser.named_parameters()
+    matrices = sum(p.numel() for name, p in named if "layers" in name and p.ndim > 1)
+    attention = 2 * 2 * B * 4 * S * S * 8 * 2  # two products of four heads of eight numbers in two layers
+    head = 2 * scored * 32 * VOCABULARY
+    done = found.rehearsal
+    assert done.forward == 2 * B * S * matrices + attention + head
+    # backward: products twice, five products of attention for two, the head once more; no gradient ends at token ids
+    assert done.computed == done.forward + 2 * (2 * B * S * matrices + head) + attention * 5 // 2 + head
+
+
+# Memory
+
+
+def test_weights_gradients_and_moments_are_four_bytes_a_parameter(planned, parameters):
+    done = planned("block_causal").rehearsal
+    assert done.weights == done.gradients == 4 * parameters
+    assert done.optimizer == pytest.approx(8 * parameters, rel=0.001)  # and a step count for each
+
+
+def test_activations_are_what_autograd_saves(planned, make_recipe):
+    """A real step of the same shape: storages saved for the backward pass, each once, parameters left out."""
+    found = planned("block_causal").rehearsal
+    recipe = make_recipe(BlockCausal)
+    batch = rows(B, L)
+    copies = recipe.corrupt(batch, recipe.pattern)
+    view = recipe.show(batch, copies, recipe.pattern)
+    own = {p.untyped_storage().data_ptr() for p in recipe.denoiser.parameters()}
+    saved: dict[int, torch.UntypedStorage] = {}
+
+    def pack(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            saved[storage.data_ptr()] = storage  # kept alive, so that no other takes its place
+        return tensor
+
+    scored = round(B * (L - 1) / 2)
+    index_N = torch.arange(scored)
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        weighted_sum(recipe.denoiser(view, index_N, batch.ids_BL.flatten()[:scored]), torch.rand(scored))
+    expected = sum(storage.nbytes() for storage in saved.values())
+    shown = sum(tensor.nbytes for tensor in view.coordinates)  # what the pass is shown is alive, too
+    assert expected - shown <= found.activations <= expected + 2 * shown
+    assert shown < 0.05 * expected
+
+
+def test_the_peak_is_the_sum_of_its_parts(planned):
+    memory = planned("complementary_mask").memory
+    assert memory.peak == sum(at_peak for _, at_peak in memory.parts.values())
+    assert all(0 <= at_peak <= whole for whole, at_peak in memory.parts.values())
+
+
+def test_accumulated_gradients_are_there_during_the_passes(planned, parameters):
+    several = planned("block_causal", "trainer.accumulate_grad_batches=3")
+    assert several.rehearsal.passes.gradients == 4 * parameters
+    assert several.memory.peak >= planned("block_causal").memory.peak
+
+
+def test_mixed_precision_keeps_weights_and_halves_much_of_the_rest(planned, parameters):
+    full, mixed = planned("block_causal"), planned("block_causal", "trainer.precision=bf16-mixed")
+    assert full.rehearsal.weights == mixed.rehearsal.weights == 4 * parameters
+    assert 0.5 < mixed.rehearsal.activations / full.rehearsal.activations < 0.9
+    assert mixed.machine.precision == "bf16-mixed"
+
+
+FROZEN = """
+from dlm_lightning.recipes.block_causal import BlockCausal
+class Frozen(BlockCausal):
+    def configure_model(self):
+        super().configure_model()
+        for name, parameter in self.denoiser.network.named_parameters():
+            parameter.requires_grad_("layers" not in name)
+class Checkpointed(BlockCausal):
+    def configure_model(self):
+        super().configure_model()
+        self.denoiser.network.gradient_checkpointing_enable()
+"""
+
+
+@pytest.fixture
+def of_class(planned, tmp_path, monkeypatch):
+    """`of_class(name)`: the plan of `block_causal` with a class of one's own in its place."""
+    (tmp_path / "made_up.py").write_text(FROZEN)
+    monkeypatch.syspath_prepend(tmp_path)
+    return lambda name: planned("block_causal", f"--model={name}")
+
+
+def test_frozen_parameters_have_neither_gradient_nor_moments(of_class, parameters):
+    found = of_class("made_up.Frozen")
+    trained = sum(p.numel() for p in found.denoiser.parameters() if p.requires_grad)
+    assert 0 < trained < parameters
+    assert found.rehearsal.gradients == 4 * trained
+    assert found.rehearsal.optimizer == pytest.approx(8 * trained, rel=0.001)
+
+
+def test_checkpointing_trades_memory_for_flops(of_class):
+    plain, found = of_class("dlm_lightning.recipes.block_causal.BlockCausal"), of_class("made_up.Checkpointed")
+    assert found.rehearsal.activations < plain.rehearsal.activations / 2
+    assert found.rehearsal.forward == plain.rehearsal.forward
+    assert 0 < found.rehearsal.computed - plain.rehearsal.computed <= plain.rehearsal.forward
+
+
+# Machines
+
+
+def parts(found: Plan) -> dict[str, int]:
+    return {name: whole for name, (whole, _) in found.memory.parts.items()}
+
+
+GPUS = ["trainer.accelerator=gpu", "trainer.devices=4"]
+
+
+def test_gpus_that_are_not_here_are_planned_for(planned, parameters):
+    ddp, fsdp2 = (planned("block_causal", *GPUS, f"trainer.strategy={name}") for name in ("auto", "fsdp2"))
+    assert [found.machine.devices for found in (ddp, fsdp2)] == [4, 4]
+    assert [found.machine.strategy for found in (ddp, fsdp2)] == ["ddp", "fsdp2"]
+    assert parts(ddp)["gradients"] == 2 * parts(ddp)["weights"] == 8 * parameters  # and its buckets
+    for name in ("weights", "optimizer state"):
+        assert parts(fsdp2)[name] == parts(ddp)[name] // 4
+    assert parts(fsdp2)["gradients"] == parameters
+    layer = sum(p.numel() for name, p in fsdp2.denoiser.named_parameters() if "layers.0." in name)
+    outside = parameters - 2 * layer
+    assert parts(fsdp2)["gathered by FSDP2"] == 4 * (2 * outside + 3 * layer)
+
+
+def test_nodes_and_lists_of_devices_are_counted(planned):
+    def devices(*words: str) -> int:
+        return planned("block_causal", *words).machine.devices
+
+    assert devices("trainer.devices=[0,3]", "trainer.num_nodes=2") == 4
+    assert devices("--trainer.devices=3", "trainer.strategy=ddp") == 3
+
+
+def test_a_source_needs_no_weights_and_nothing_is_written(source_folder, typed, small, tmp_path):
+    folder = shutil.copytree(source_folder("qwen3", tied=True), tmp_path / "source")
+    (folder / "model.safetensors").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    said = typed("plan", "block_causal", *small(model__source=folder), cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert sorted(tmp_path.rglob("*")) == before
+    lines = {line.split("  ")[0].strip(): line for line in said.out.splitlines()}
+    assert lines["data tokens, of the corpus"].split()[-3:] == ["96", "96", "576"]
+    assert lines["forward tokens, computed"].split()[-4:] == ["192", "192", "1.15", "k"]
+    assert "fits into" in said.out.splitlines()[-1]
+
+
+def test_without_a_source_the_vocabulary_is_the_datas(planned):
+    found = plan("ar_source", [])
+    assert found.denoiser.network.config.vocab_size == 2048 + 1
+
+
+# Bad input
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["ar_source", "data.vocab_size=null"], "data.vocab_size must be set"),
+        (["block_causal", "trainer.max_steps=-1", "model.source={source}"], "trainer.max_steps must be set"),
+        (["block_causal", "trainer.devices=0"], "trainer.devices must be"),
+        (["block_causal", "trainer.devices=many"], "trainer.devices must be"),
+        (["block_causal", "model.source=nowhere"], "model.source: there is no folder nowhere"),
+        (["block_causal", "model.block_sise=3"], "block_sise"),
+        (["blok_causal"], "did you mean block_causal?"),
+        (
+            ["ar_source", "model.config.num_hidden_layers=0", "trainer.devices=2", "trainer.strategy=fsdp2"],
+            "names no decoder layers",
+        ),
+    ],
+)
+def test_bad_input_is_one_sentence(words, says, refused, source_folder, tmp_path):
+    assert says in refused("plan", *(word.format(source=source_folder()) for word in words), cwd=tmp_path)
+
+
+# Measured
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", ["full_bidirectional", "block_causal", "complementary_mask"])
+def test_the_peak_is_within_15_percent_of_a_measured_run(recipe):
+    spec = importlib.util.spec_from_file_location("memory", BENCHMARK)
+    memory = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(memory)
+    found = plan(recipe, memory.WORDS)
+    assert sum(p.numel() for p in found.denoiser.parameters()) > 50e6
+    measured = memory.measured(recipe, memory.WORDS, memory.RETURNED)
+    assert 500e6 < measured < 3e9
+    assert found.memory.peak == pytest.approx(measured, rel=0.15)
