@@ -102,7 +102,7 @@ class Denoiser(nn.Module):
             position_ids=view.position_BS,
             past_key_values=None if cache is None else cache.layers,
             use_cache=cache is not None,
-            attention_plan=attention.plan(view, self.predicate, keys),
+            attention_plan=attention.plan(view, self.predicate, keys, self.network.dtype),
         ).last_hidden_state
         hidden_BKD = hidden_BSD if cache is None else cache.extend(view, hidden_BSD)
         S, K = view.ids_BS.shape[1], keys.ids_BS.shape[1]

@@ -5,7 +5,6 @@ Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -19,13 +18,13 @@ from torchmetrics import MeanMetric
 from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention, layouts, lora, precision
+from dlm_lightning import attention, layouts, lora, mask_token, precision
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.layouts import Diffusion
 from dlm_lightning.lora import Lora
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
-from dlm_lightning.optimizer import LrScale, adamw, freeze
+from dlm_lightning.optimizer import LrScale, adamw, check_rates, freeze
 from dlm_lightning.sight import check_readout, check_sight
 from dlm_lightning.source import Source, build, build_config, stated
 from dlm_lightning.tally import Tally, count, total_norm
@@ -103,14 +102,7 @@ class Recipe(L.LightningModule):
             raise ValueError(f"model.ar_weight must be at least 0, not {ar_weight}")
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
-        at_least_0 = {"warmup_steps": warmup_steps, "min_lr_ratio": min_lr_ratio, "weight_decay": weight_decay}
-        for name, value in at_least_0.items():
-            if not 0 <= value < math.inf:
-                raise ValueError(f"model.{name} must be at least 0, not {value}")
-        if not 0 < lr < math.inf:
-            raise ValueError(f"model.lr must be above 0, not {lr}")
-        if not all(0 <= beta < 1 for beta in betas):
-            raise ValueError(f"model.betas must lie in [0, 1), not {betas}")
+        check_rates(lr, betas, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, weight_decay=weight_decay)
         self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
         self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
@@ -262,36 +254,14 @@ class Recipe(L.LightningModule):
     @cached_property
     def mask_id(self) -> int:
         """The embedding row of the mask token."""
-        trained = self._trained
-        if self.mask_token is None and trained is None:
-            return 1 + max(self.tokenizer.get_vocab().values())
-        wanted = self.mask_token if self.mask_token is not None or trained is None else trained.mask_id
-        if wanted is None:
-            raise ValueError(f"model.mask_token must be named: {self.source_name} does not state the one it has")
-        mask_id = self._row("mask_token", wanted)
-        if trained and trained.mask_id not in (None, mask_id):
-            raise ValueError(
-                f"model.mask_token: id {mask_id}, but {self.source_name} was trained with {trained.mask_id}"
-            )
-        return mask_id
+        if self.mask_token is None and not self._trained:
+            return mask_token.free_row(self.tokenizer)
+        return mask_token.named_row(self.mask_token, self._trained, self.tokenizer, self.model_config.vocab_size)
 
     @property
     def mask_row(self) -> tuple[int, int | str] | None:
         """The mask token's row and what it starts from, where `mask_init` says so; see `source.build`."""
-        if self.mask_init is None:
-            return None
-        named = self.mask_init in ("mean", "random")
-        return self.mask_id, self.mask_init if named else self._row("mask_init", self.mask_init)
-
-    def _row(self, key: str, token: int | str) -> int:
-        """The embedding row of a token by its id or text; the key names it in a refusal."""
-        vocabulary, rows = self.tokenizer.get_vocab(), self.model_config.vocab_size
-        if isinstance(token, str) and token not in vocabulary:
-            raise ValueError(f"model.{key}: the tokenizer has no token {token!r}")
-        row = vocabulary[token] if isinstance(token, str) else token
-        if not 0 <= row < rows:
-            raise ValueError(f"model.{key}: id {row} is outside the vocabulary of {rows} rows")
-        return row
+        return mask_token.start(self.mask_init, self.mask_id, self.tokenizer, self.model_config.vocab_size)
 
     def configure_model(self) -> None:
         """Build the Denoiser in the trainer's precision, sharded where the strategy shards."""

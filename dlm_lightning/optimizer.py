@@ -34,6 +34,17 @@ class LrScale:
                 raise ValueError(f"model.lr_scale.{name} must be at least 0, not {value}")
 
 
+def check_rates(lr: float, betas: tuple[float, float], **at_least_0: float) -> None:
+    """ValueError, naming the key, for a learning rate or another setting of AdamW that makes no sense."""
+    for name, value in at_least_0.items():
+        if not 0 <= value < math.inf:
+            raise ValueError(f"model.{name} must be at least 0, not {value}")
+    if not 0 < lr < math.inf:
+        raise ValueError(f"model.lr must be above 0, not {lr}")
+    if not all(0 <= beta < 1 for beta in betas):
+        raise ValueError(f"model.betas must lie in [0, 1), not {betas}")
+
+
 def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     """Stop the parameters whose plain name matches a pattern; an adapter goes by the weight that it is added to.
 

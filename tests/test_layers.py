@@ -14,7 +14,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (0, {"loss", "schedule"}),
     (0, {"tally"}),
     (1, {"layouts", "shards"}),
-    (1, {"source", "attention", "lora"}),
+    (1, {"source", "mask_token", "attention", "lora"}),
     (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption"}),

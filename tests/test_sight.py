@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from dlm_lightning import attention
+from dlm_lightning import attention, lora
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.sight import check_readout, check_sight, probe_view
 from dlm_lightning.source import Source, build, build_config
@@ -64,7 +64,7 @@ def blind(q, k):
 def test_a_single_pair_is_enough(does, says, make_denoiser, monkeypatch):
     denoiser = make_denoiser()
     plan = attention.plan
-    monkeypatch.setattr(attention, "plan", lambda view, _, keys: plan(view, does, keys))
+    monkeypatch.setattr(attention, "plan", lambda view, _, *rest: plan(view, does, *rest))
     with pytest.raises(ValueError, match=says):
         check_sight(denoiser, Pattern(2))
     monkeypatch.undo()
@@ -73,6 +73,23 @@ def test_a_single_pair_is_enough(does, says, make_denoiser, monkeypatch):
 
 def test_a_predicate_of_ones_own_is_held_to_itself(make_denoiser):
     check_sight(make_denoiser(predicate=leaky), Pattern(2))
+
+
+@pytest.mark.parametrize("how", ["bfloat16", "adapters", "activation checkpointing"])
+@pytest.mark.parametrize("family", ["qwen3", "gemma2", "phi3"])
+def test_however_the_network_is_trained(how, family, source_folder):
+    source = Source(str(source_folder(family)))
+    network = build(source.config, source, attention.NAME, dtype=torch.bfloat16 if how == "bfloat16" else torch.float32)
+    if how == "adapters":
+        lora.adapt(network, lora.Lora(rank=2))
+        lora.start(network)
+    elif how == "activation checkpointing":
+        network.gradient_checkpointing_enable({"use_reentrant": False})
+    denoiser = Denoiser(network, 299, range(299))
+    assert denoiser.training
+    for pattern in PATTERNS:
+        check_sight(denoiser, pattern)
+    check_readout(denoiser)
 
 
 def test_logits_that_are_scaled_out_of_sight_are_noticed(make_denoiser):

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
@@ -17,12 +18,18 @@ NAME = "dlm_lightning"
 Plan = dense.Plan | flash.Plan
 
 
-def plan(view: View, predicate: Callable[[View, View], Tensor], keys: View | None = None) -> Plan:
+def plan(
+    view: View,
+    predicate: Callable[[View, View], Tensor],
+    keys: View | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> Plan:
     """The plan of the fastest installed backend that computes exactly what the predicate says for this view.
 
     `keys`, by default the view itself, are the tokens it looks at: with a cache, the context and then the view.
+    `dtype` is that of the network's parameters.
     """
-    fast = flash.plan(view, predicate) if keys is None or keys is view else None
+    fast = flash.plan(view, predicate, dtype) if keys is None or keys is view else None
     return fast or dense.plan(view, predicate, keys)
 
 

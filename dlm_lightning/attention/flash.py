@@ -55,9 +55,12 @@ class Plan:
         return out.view(B, S, *out.shape[1:]).to(q_BHSD.dtype)
 
 
-def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
-    """The runs of a view that is full or causal per document under `sees`; None where this kernel does not apply."""
-    half = torch.is_autocast_enabled("cuda") or torch.get_default_dtype() != torch.float32
+def plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype = torch.float32) -> Plan | None:
+    """The runs of a view that is full or causal per document under `sees`; None where this kernel does not apply.
+
+    `dtype` is the network's; float32 without autocast is not given away for speed.
+    """
+    half = torch.is_autocast_enabled("cuda") or dtype != torch.float32
     if view.structure is None or predicate is not sees or not view.ids_BS.is_cuda or not half or kernel() is None:
         return None
     document_BS = view.document_BS

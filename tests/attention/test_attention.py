@@ -180,6 +180,7 @@ def test_flash_leaves_other_predicates_and_views_to_the_mask(make_batch, monkeyp
     assert flash.plan(on_device(Pattern(1, "clean").lay_out(batch, [batch.maskable_BL], MASK)), sees) is None
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: False)
     assert flash.plan(full, sees) is None  # float32 is not given away for speed
+    assert flash.plan(full, sees, torch.bfloat16) is not None
 
 
 @pytest.mark.gpu
