@@ -203,6 +203,11 @@ def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:
         )
     elif loss < unigram:
         verdict = "normal: the source already reads this pattern better than word frequencies"
+    elif recipe.source and recipe.source.diffusion:
+        verdict = (
+            "high: the source is a diffusion model already and should read masks better than word frequencies, unless "
+            "this data is far from what it was trained on"
+        )
     elif loss < 3 * guess:
         verdict = (
             "normal: the source has never seen the mask token, so it starts between its own NLL and about three times "

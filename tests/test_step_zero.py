@@ -15,8 +15,9 @@ GUESS = math.log(ROWS)  # 6.91
 UNIGRAM = 5.25
 
 
-def line(masked_ce: float | None, ar_nll: float = 3.21, pretrained: bool = True) -> str:
-    recipe = SimpleNamespace(model_config=SimpleNamespace(vocab_size=ROWS), pretrained=pretrained)
+def line(masked_ce: float | None, ar_nll: float = 3.21, pretrained: bool = True, diffusion: object = None) -> str:
+    source = SimpleNamespace(diffusion=diffusion)
+    recipe = SimpleNamespace(model_config=SimpleNamespace(vocab_size=ROWS), pretrained=pretrained, source=source)
     metrics = {"val/ar_nll": torch.tensor(ar_nll), "val/nelbo": torch.tensor(99.0)}
     if masked_ce is not None:
         metrics["val/masked_ce"] = torch.tensor(masked_ce)
@@ -49,6 +50,12 @@ def test_up_to_three_times_a_uniform_guess_is_normal_for_a_source_without_a_mask
 @pytest.mark.parametrize("loss", [3 * GUESS + 0.01, 100.0, math.inf, math.nan])
 def test_beyond_it_is_high_and_says_where_to_look(loss):
     assert verdict(loss).startswith("high: look at model.shift and model.mask_token")
+
+
+@pytest.mark.parametrize("loss, word", [(UNIGRAM - 0.01, "normal"), (UNIGRAM + 0.01, "high"), (100.0, "high")])
+def test_a_source_that_is_a_diffusion_model_has_seen_the_mask_token(loss, word):
+    assert verdict(loss, diffusion="stated").startswith(f"{word}: the source")
+    assert "never seen" not in verdict(loss, diffusion="stated")
 
 
 @pytest.mark.parametrize("loss, word", [(GUESS, "normal"), (GUESS + 0.99, "normal"), (GUESS + 1.01, "high")])
