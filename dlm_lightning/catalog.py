@@ -6,7 +6,6 @@ import ast
 import difflib
 import importlib
 import importlib.util
-import inspect
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -118,19 +117,14 @@ def _over(base: Any, own: Any) -> Any:
 
 def _taken(path: Any, init_args: dict[str, Any]) -> dict[str, Any]:
     """Those arguments that a class takes; all of them if there is no such class, which the parser will say."""
+    from jsonargparse import ArgumentParser
+
     try:
-        known = parameters(path)
-    except Exception:
+        module, _, name = path.rpartition(".")
+        known = ArgumentParser().add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    except Exception:  # of whatever is imported
         return init_args
     return {key: value for key, value in init_args.items() if key in known}
-
-
-def parameters(path: str) -> dict[str, inspect.Parameter]:
-    """What a class can be given, its bases included, by the class's full path."""
-    module, _, name = path.rpartition(".")
-    cls = getattr(importlib.import_module(module), name)
-    signatures = [inspect.signature(parent.__init__, eval_str=True).parameters for parent in reversed(cls.__mro__)]
-    return {name: parameter for signature in signatures for name, parameter in signature.items() if name != "self"}
 
 
 def make_importable(recipe: RecipeFile) -> None:

@@ -8,7 +8,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from dlm_lightning.catalog import PLUGINS, classes, nearest, parameters
+from dlm_lightning.catalog import PLUGINS, classes, nearest
 
 SECTIONS = ("model", "data", "trainer", "seed_everything")
 _TAIL = re.compile(
@@ -98,6 +98,13 @@ def _unknown(key: str) -> str:
         return f"there is no key {key}{nearest(key, SECTIONS)}"
     meant = nearest(section, SECTIONS)
     return f"there is no key {key}{meant.removesuffix('?')}.{rest}?" if meant else f"there is no key {key}"
+
+
+def parameters(path: str) -> dict[str, inspect.Parameter]:
+    """What a class can be given, its bases included, by the class's full path."""
+    cls = getattr(importlib.import_module(path.rsplit(".", 1)[0]), _last(path))
+    signatures = [inspect.signature(parent.__init__, eval_str=True).parameters for parent in reversed(cls.__mro__)]
+    return {name: parameter for signature in signatures for name, parameter in signature.items() if name != "self"}
 
 
 def _fields(path: str, group: str) -> list[str]:

@@ -10,6 +10,7 @@ import pytest
 from lightning import Trainer
 
 from dlm_lightning import catalog
+from dlm_lightning.errors import parameters
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -50,6 +51,6 @@ def test_recipes_and_keys_in_commands_exist(path):
         config = catalog.compose(catalog.find(name).path)
         known = {"trainer": set(inspect.signature(Trainer).parameters)}
         for section in ("model", "data"):
-            known[section] = set(catalog.parameters(config[section]["class_path"]))
+            known[section] = set(parameters(config[section]["class_path"]))
         for section, key in re.findall(r"\b(model|data|trainer)\.(\w+)=", words):
             assert key in known[section], f"{section}.{key}"

@@ -90,9 +90,7 @@ class Chat(TokenData):
             except Malformed as error:
                 malformed.append(f"{place} {error}")
                 continue
-            kept = for_validation(
-                count, self.val_share, phase=1 - self.val_share
-            )  # the first is, however few there are
+            kept = for_validation(count, self.val_share, phase=1 - self.val_share)  # the first, however few there are
             if self.val_paths or kept == (split == "val"):
                 yield spans
             count += 1

@@ -120,7 +120,10 @@ def test_a_folder_without_any_such_file_is_named(folder, paths):
 
 def test_what_is_for_validation_is_not_for_training(folder):
     train, val = train_and_val([str(folder)], [str(folder / "a" / ".." / "b")], (".txt", ".md"))
-    assert [[file.name for file in files] for files in (train, val)] == [["a/0.txt", "a/deep/1.md"], ["2.txt", "3.txt.gz"]]
+    assert [[file.name for file in files] for files in (train, val)] == [
+        ["a/0.txt", "a/deep/1.md"],
+        ["2.txt", "3.txt.gz"],
+    ]
     assert [len(files) for files in train_and_val([str(folder)], None, (".txt", ".md"))] == [4, 0]
 
 
