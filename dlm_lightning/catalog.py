@@ -9,6 +9,7 @@ import importlib.util
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import reduce
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any
@@ -77,13 +78,14 @@ def nearest(name: str, known: Any) -> str:
 def compose(path: Path) -> dict[str, Any]:
     """A recipe's YAML over the fragments that it extends, in order: a deep merge in which lists are replaced.
 
+    Where a class takes the place of another, of what that one was given only those keys stay that the new one takes.
     Fragments are relative to the file that names them and may extend others; interpolations are kept.
     """
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
     from yaml import YAMLError
 
-    def load(path: Path, within: tuple[Path, ...]) -> Any:
+    def load(path: Path, within: tuple[Path, ...]) -> dict[str, Any]:
         if path in within:
             raise ValueError(f"{path} extends itself")
         if not path.is_file():
@@ -98,10 +100,31 @@ def compose(path: Path) -> dict[str, Any]:
             raise ValueError(f"{path} is not readable as YAML: {' '.join(str(error).split())}") from error
         if not all(isinstance(part, str) for part in parts):
             raise ValueError(f"{path}: extends names a file or a list of files")
-        return OmegaConf.merge(*(load((path.parent / part).resolve(), (*within, path)) for part in parts), own)
+        layers = [load((path.parent / part).resolve(), (*within, path)) for part in parts]
+        return reduce(_over, [*layers, OmegaConf.to_container(own, resolve=False)], {})
 
-    container: Any = OmegaConf.to_container(load(path.resolve(), ()), resolve=False)
-    return container
+    return load(path.resolve(), ())
+
+
+def _over(base: Any, own: Any) -> Any:
+    """A value over an inherited one."""
+    if not isinstance(base, dict) or not isinstance(own, dict):
+        return own
+    if base.get("class_path") and own.get("class_path", base["class_path"]) != base["class_path"]:
+        base = {**base, "init_args": _taken(own["class_path"], base.get("init_args") or {})}
+    return base | {key: _over(base[key], value) if key in base else value for key, value in own.items()}
+
+
+def _taken(path: Any, init_args: dict[str, Any]) -> dict[str, Any]:
+    """Those arguments that a class takes; all of them if there is no such class, which the parser will say."""
+    from jsonargparse import ArgumentParser
+
+    try:
+        module, _, name = path.rpartition(".")
+        known = ArgumentParser().add_class_arguments(getattr(importlib.import_module(module), name), fail_untyped=False)
+    except Exception:  # of whatever is imported
+        return init_args
+    return {key: value for key, value in init_args.items() if key in known}
 
 
 def make_importable(recipe: RecipeFile) -> None:

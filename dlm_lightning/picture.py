@@ -24,8 +24,8 @@ def show(name: str, overrides: Sequence[str], out: str | None) -> str:
     """
     quiet()
     found = catalog.find(name)
-    config = catalog.compose(found.path)
     catalog.make_importable(found)
+    config = catalog.compose(found.path)
     if "block_size" in config.get("model", {}).get("init_args", {}) and not any(
         "block_size" in word for word in overrides
     ):

@@ -80,8 +80,8 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     """Train a recipe in a new run folder and return the folder; nothing is left of one that never began."""
     quiet()
     found = catalog.find(recipe)
-    config = catalog.compose(found.path)
     catalog.make_importable(found)
+    config = catalog.compose(found.path)
     if {"--print_config", "--help", "-h"} & {word.split("=")[0] for word in overrides} or any(
         word.endswith(".help") for word in overrides
     ):

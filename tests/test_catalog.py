@@ -61,6 +61,76 @@ def test_interpolations_are_kept(write):
     assert catalog.compose(path)["dir"] == "${trainer.default_root_dir}"
 
 
+KEPT = {"row_length": 4096, "batch_size": 1, "val_rows": 512, "seed": 0, "num_workers": 4}  # that all modules take
+
+
+@pytest.mark.parametrize(
+    ("shipped", "class_path", "own", "kept"),
+    [
+        ("recipes/efficient_dlm_qwen3_4b", "chat.Chat", {"hub": "some/set"}, KEPT | {"paths": ["data/text"]}),
+        ("configs/data/own_text", "hub_text.HubText", {"path": "a", "seed": 3}, {"val_rows": 512, "num_workers": 4}),
+        ("configs/data/own_text", "nowhere.Nothing", {}, {"paths": ["data/text"], "val_rows": 512, "seed": 0}),
+    ],
+)
+def test_a_class_in_place_of_another_inherits_what_it_takes(shipped, class_path, own, kept, write):
+    """What it does not know is left to the parser if there is no such class."""
+    data = {"class_path": f"dlm_lightning.data.{class_path}", "init_args": own}
+    root = Path(__file__).parents[1]
+    path = write("recipe.yaml", {"extends": str(root / f"{shipped}.yaml"), "data": data})
+    composed = catalog.compose(path)["data"]
+    assert composed["class_path"] == data["class_path"]
+    assert composed["init_args"].items() >= (kept | own).items()
+    assert "nowhere" in class_path or set(composed["init_args"]) == set(kept | own)
+
+
+def test_the_parser_takes_what_a_class_inherits(typed, write, tmp_path):
+    """A recipe that gives its base some keys itself, conversations and a hub set, in YAMLs with only their own keys."""
+    mine = "class Mine(ArSource):\n    def __init__(self, **options): super().__init__(**options)\n"
+    write("mine.py", f"from dlm_lightning.recipes.ar_source import ArSource\n{mine}")
+    root = Path(__file__).parents[1]
+    model = {"class_path": "mine.Mine", "init_args": {"weight_decay": 0.5}}
+    data = {"class_path": "dlm_lightning.data.hub_text.HubText", "init_args": {"path": "user/set"}}
+    write(
+        "mine.yaml", {"extends": str(root / "recipes/block_causal_qwen3_0_6b_24gb.yaml"), "model": model, "data": data}
+    )
+    chat = {"class_path": "dlm_lightning.data.chat.Chat", "init_args": {"paths": ["my/chats"]}}
+    write("chat.yaml", {"extends": str(root / "recipes/efficient_dlm_qwen3_4b.yaml"), "data": chat})
+    for name, section, expected in [
+        ("mine", "model", {"source": "Qwen/Qwen3-0.6B-Base", "weight_decay": 0.5, "warmup_steps": 200}),
+        ("mine", "data", {"path": "user/set", "row_length": 1024, "val_rows": 512}),
+        ("chat", "data", {"paths": ["my/chats"], "row_length": 4096, "batch_size": 1}),
+    ]:
+        said = typed("fit", f"{name}.yaml", "--print_config", cwd=tmp_path)
+        assert said.code == 0, said.err
+        given = yaml.safe_load(said.out)[section]["init_args"]
+        assert {key: given[key] for key in expected} == expected
+
+
+def test_a_class_in_place_of_another_is_pruned_wherever_it_stands_but_in_lists(write, tmp_path, monkeypatch):
+    (tmp_path / "pruned_classes.py").write_text(
+        "class One:\n    def __init__(self, a, b=2): pass\n"
+        "class Two(One):\n    def __init__(self, c=3, **options): super().__init__(**options)\n"
+        "class Three(One):\n    def __init__(self, c=3): super().__init__(1)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+
+    def node(name, **init_args):
+        return {"class_path": f"pruned_classes.{name}", "init_args": init_args}
+
+    write("base.yaml", {"model": node("One", a=1, inner=node("One", a=1)), "logger": node("Two", a=1, c=4)})
+    write("list.yaml", {"extends": "base.yaml", "trainer": {"callbacks": [node("One", a=1)]}})
+    own = {"model": {"init_args": {"inner": node("Three")}}, "logger": node("Three", d=5)}
+    own |= {"trainer": {"callbacks": [node("Two")]}}
+    composed = catalog.compose(write("recipe.yaml", {"extends": "list.yaml", **own}))
+    assert composed["model"] == node("One", a=1, inner=node("Three"))
+    assert composed["logger"] == node("Three", c=4, d=5)
+    assert composed["trainer"] == {"callbacks": [node("Two")]}
+    same = {"extends": "base.yaml", "logger": {"class_path": "pruned_classes.Two"}}
+    assert catalog.compose(write("same.yaml", same))["logger"] == node("Two", a=1, c=4)
+    base = {"extends": "base.yaml", "model": {"class_path": "pruned_classes.Two"}}
+    assert catalog.compose(write("two.yaml", base))["model"]["init_args"] == {"a": 1}
+
+
 @pytest.mark.parametrize(
     ("content", "error", "says"),
     [

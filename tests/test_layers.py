@@ -37,10 +37,11 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "records": {"files"},
         "token_data": {"files", "report", "rows", "stream", "tokenizer"},
         "text_files": {"files", "records", "token_data"},
-        "hub_text": {"files", "records", "token_data"},
+        "hub_text": {"files", "hub", "records", "token_data"},
         "short_answers": {"token_data"},
-        "chat": {"conversations", "files", "rows", "token_data"},
-        "mixture": {"rows", "stream", "token_data"},
+        "conversations": {"records"},
+        "chat": {"conversations", "files", "hub", "records", "rows", "token_data"},
+        "mixture": {"report", "rows", "stream", "token_data"},
     },
 }
 GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on

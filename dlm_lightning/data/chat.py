@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Iterator
 from functools import cached_property
@@ -13,12 +12,15 @@ from typing import Any, Literal
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from dlm_lightning.data import conversations
-from dlm_lightning.data.conversations import Malformed, Message
-from dlm_lightning.data.files import absolute
+from dlm_lightning.data.conversations import SHAPES, Message
+from dlm_lightning.data.files import File, absolute, train_and_val, versions
+from dlm_lightning.data.hub import load
+from dlm_lightning.data.records import Malformed, check_share, for_validation, placed, read
 from dlm_lightning.data.rows import Document
 from dlm_lightning.data.token_data import Span, Split, TokenData
 
 log = logging.getLogger(__name__)
+SUFFIXES = (".jsonl", ".parquet")  # of a folder's files
 SHOWN = 5  # malformed records that a report names
 
 
@@ -69,8 +71,7 @@ class Chat(TokenData):
         super().__init__(**options)
         if bool(paths) == bool(hub):
             raise ValueError("give one of data.paths (files) and data.hub (a data set of the hub)")
-        if not 0 < val_share < 1:
-            raise ValueError(f"data.val_share must lie between 0 and 1, not {val_share}")
+        check_share(val_share)
         self.paths, self.hub, self.hub_name, self.hub_split = paths, hub, hub_name, hub_split
         self.prompt_key, self.response_key = prompt_key, response_key
         self.val_paths, self.val_share = val_paths, val_share
@@ -89,7 +90,7 @@ class Chat(TokenData):
             except Malformed as error:
                 malformed.append(f"{place} {error}")
                 continue
-            kept = math.ceil((count + 1) * self.val_share) > math.ceil(count * self.val_share)
+            kept = for_validation(count, self.val_share, phase=1 - self.val_share)  # the first, however few there are
             if self.val_paths or kept == (split == "val"):
                 yield spans
             count += 1
@@ -105,9 +106,9 @@ class Chat(TokenData):
         """What the files or the hub set hold, how they are read, rendered and split, and what fills last blocks."""
         rendered = [self._template, self.turns, self.tail, self._block, self._fill_id]
         hub = [self._hub_set._fingerprint] if self.hub else []
-        read = [*hub, *map(conversations.digest, self._files["train"]), self.prompt_key, self.response_key]
-        val = map(conversations.digest, self._files["val"]) if self.val_paths else [self.val_share]
-        return "\n".join(map(str, ["chat", *rendered, *read, self.skip_malformed, "val", *val]))
+        records = [*hub, *versions(*self._files), self.prompt_key, self.response_key, self.skip_malformed]
+        split = "apart" if self.val_paths else self.val_share
+        return "\n".join(map(str, ["chat", *rendered, *records, split]))
 
     def pin(self, init_args: Any) -> None:
         """Those of all modules, and a hub set or a template where it is a local folder or file."""
@@ -121,21 +122,20 @@ class Chat(TokenData):
         return {"data.turns": self.turns, "data.tail": self.tail, **super().facts()}
 
     @cached_property
-    def _files(self) -> dict[Split, list[str]]:
-        val = conversations.files(self.val_paths or [], "val_paths")
-        train = conversations.files(self.paths or [], "paths")
-        return {"train": [file for file in train if file not in set(val)], "val": val}
+    def _files(self) -> tuple[list[File], list[File]]:
+        return train_and_val(self.paths or [], self.val_paths, SUFFIXES)
 
     @cached_property
     def _hub_set(self) -> Any:
-        return conversations.hub_set(self.hub or "", self.hub_name, self.hub_split)
+        return load("data.hub", self.hub or "", self.hub_name, self.hub_split)
 
     def _records(self, split: Split) -> Iterator[tuple[str, Any]]:
-        part: Split = "val" if split == "val" and self.val_paths else "train"
-        if self.hub and part == "train":
-            yield from ((f"{self.hub}[{number}]", record) for number, record in enumerate(self._hub_set))
-        for file in self._files[part]:
-            yield from conversations.records(file)
+        apart = split == "val" and bool(self.val_paths)
+        if self.hub and not apart:
+            yield from placed(self.hub, self._hub_set)
+        train, val = self._files
+        for file in val if apart else train:
+            yield from read(file, [*SHAPES, self.prompt_key, self.response_key])
 
     # What is shown and what is scored
 
@@ -213,12 +213,12 @@ class Chat(TokenData):
         return self.trainer.lightning_module.mask_id if self.tail == "mask" else self.tokenizer.eos_token_id
 
     def close(self, ids: list[int], maskable: list[bool]) -> Document:
-        """An end-of-text token unless there is one, and what fills the last block, as far as the row goes."""
+        """An end-of-text token unless there is one, and what fills the last block, as far as row and positions go."""
         if self.tail == "mask" and self._fill_id in ids:
             raise ValueError(f"model.mask_token: id {self._fill_id} occurs in the data; choose another")
         if ids[-1:] != [self.tokenizer.eos_token_id]:
             ids, maskable = [*ids, self.tokenizer.eos_token_id], [*maskable, True]
-        missing = max(0, min(-len(ids) % self._block, self.row_length - len(ids)))
+        missing = max(0, min(-len(ids) % self._block, min(self.row_length, self.positions) - len(ids)))
         return Document([*ids, *[self._fill_id] * missing], [*maskable, *[self.tail == "eos"] * missing])
 
     def _count_tokens(self) -> Any:

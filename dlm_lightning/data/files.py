@@ -61,7 +61,7 @@ def suffix(name: str) -> str:
 def find(key: str, paths: Sequence[str], suffixes: Sequence[str]) -> list[File]:
     """The files of paths, folders (those with the suffixes) and globs, each once, sorted by name.
 
-    Raises FileNotFoundError or ValueError, naming the `key`, for a path that matches nothing or cannot be looked up.
+    Raises FileNotFoundError or ValueError, naming the `key`, for a path without any file, or that cannot be looked up.
     """
     found: dict[str, tuple[str, AbstractFileSystem]] = {}
     for path in paths:
@@ -73,11 +73,28 @@ def find(key: str, paths: Sequence[str], suffixes: Sequence[str]) -> list[File]:
             raise FileNotFoundError(f"{key}: nothing matches {path}{reason}") from error
         except Exception as error:  # each file system has its own, and its own package to be missing
             raise ValueError(f"{key}: {path} cannot be looked up: {error or type(error).__name__}") from error
+        if not matches:
+            raise FileNotFoundError(f"{key}: {path} holds no file ({' '.join(suffixes)})")
         found |= {system.unstrip_protocol(match): (match, system) for match in matches}
     folders = [url.split("/")[:-1] for url in found]
     depth = sum(1 for _ in takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False)))
     files = [File("/".join(url.split("/")[depth:]), *where) for url, where in found.items()]
     return sorted(files, key=lambda file: (file.name, file.path))
+
+
+def train_and_val(
+    paths: Sequence[str], val_paths: Sequence[str] | None, suffixes: Sequence[str]
+) -> tuple[list[File], list[File]]:
+    """The files of `data.paths` that are none of `data.val_paths`, and those; see `find`."""
+    val = find("data.val_paths", val_paths or [], suffixes)
+    apart = {file.url for file in val}
+    return [file for file in find("data.paths", paths, suffixes) if file.url not in apart], val
+
+
+def versions(train: Sequence[File], val: Sequence[File]) -> list[str]:
+    """Names and versions of files, by the key that they come from."""
+    sides = {"paths": train, "val_paths": val}
+    return [f"{side} {file.name} {file.version()}" for side, files in sides.items() for file in files]
 
 
 def _matching(system: AbstractFileSystem, place: str, suffixes: Sequence[str]) -> Iterator[str]:

@@ -8,11 +8,11 @@ from functools import cached_property
 from itertools import islice
 from typing import Any
 
-import datasets
 from datasets.packaged_modules import _PACKAGED_DATASETS_MODULES as BUILDERS
 
 from dlm_lightning.data.files import absolute
-from dlm_lightning.data.records import for_validation, text_of
+from dlm_lightning.data.hub import load
+from dlm_lightning.data.records import check_share, for_validation, placed, text_of
 from dlm_lightning.data.token_data import Span, Split, TokenData
 
 
@@ -48,8 +48,7 @@ class HubText(TokenData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 < val_share < 1:
-            raise ValueError(f"data.val_share must lie between 0 and 1, not {val_share}")
+        check_share(val_share)
         if documents is not None and documents < 1:
             raise ValueError(f"data.documents must be at least 1, not {documents}")
         if streaming and documents is None:
@@ -63,9 +62,9 @@ class HubText(TokenData):
     def texts(self, split: Split) -> Iterator[list[Span]]:
         """The documents of a split that are not empty."""
         whole = self._loaded["val" if split == "val" and self.val_split else "train"]
-        for number, record in enumerate(islice(self._read(whole), self.documents)):
+        for number, (place, record) in enumerate(placed(self.path, islice(self._read(whole), self.documents))):
             here = self.val_split is not None or for_validation(number, self.val_share) == (split == "val")
-            if here and (text := text_of(record, self.text_key, f"{self.path}: record {number}")):
+            if here and (text := text_of(place, record, self.text_key)):
                 yield [Span(text)]
 
     def identity(self) -> str:
@@ -91,18 +90,8 @@ class HubText(TokenData):
         return loaded | ({"val": self._load(self.val_split)} if self.val_split else {})
 
     def _load(self, split: str) -> Any:
-        try:
-            return datasets.load_dataset(
-                self.path,
-                self.name,
-                data_files=self.data_files,
-                split=split,
-                revision=self.revision,
-                streaming=self.streaming,
-            )
-        except Exception as error:  # of the hub, the network, a file's format …
-            reason = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
-            raise ValueError(f"data.path: {self.path}, split {split}, cannot be loaded: {reason}") from error
+        options = {"data_files": self.data_files, "revision": self.revision, "streaming": self.streaming}
+        return load("data.path", self.path, self.name, split, **options)
 
     def _read(self, data: Any) -> Iterator[Any]:
         """The records of a split, without columns that nobody asks for."""

@@ -12,6 +12,7 @@ from typing import Any
 import datasets
 import numpy as np
 
+from dlm_lightning.data import report
 from dlm_lightning.data.rows import Tally
 from dlm_lightning.data.stream import MixedOrder
 from dlm_lightning.data.token_data import Span, Split, TokenData, padded_sum
@@ -56,10 +57,11 @@ class Mixture(TokenData):
         return order
 
     def report(self) -> list[str]:
-        """The mixture's own lines, and one for each part."""
+        """The mixture's own lines, and after the first one for each part."""
         of_parts = [
-            f"  part {number}, {type(part).__name__}: {len(part.rows['train']):,} rows, {draws:,} draws per epoch "
-            f"({draws / self.order.rows:.1%})"
+            f"  part {number}, {type(part).__name__}: "
+            f"{report.size(part.tallies['train'], len(part.rows['train']), self.row_length)}; "
+            f"{draws:,} draws per epoch ({draws / self.order.rows:.1%})"
             for number, (part, draws) in enumerate(zip(self.parts, self.order.draws, strict=True))
         ]
         first, *rest = super().report()
@@ -85,9 +87,12 @@ class Mixture(TokenData):
 
     def _packed(self, split: Split) -> datasets.Dataset:
         self._find_tokenizer()
-        for part in self.parts:
+        for number, part in enumerate(self.parts):
             part.trainer, part.tokenizer = self.trainer, self.tokenizer
-            part.rows[split] = part._packed(split)
+            try:
+                part.rows[split] = part._packed(split)
+            except (OSError, ValueError) as error:  # which speaks of `data`, as if the part were alone
+                raise ValueError(f"data.parts.{number}: {error}") from error
         self.tallies[split] = sum((part.tallies[split] for part in self.parts), Tally())
         return datasets.concatenate_datasets([part.rows[split] for part in self.parts])
 

@@ -29,14 +29,15 @@ def vocabulary(counts_V: np.ndarray, tokens: int) -> str:
     return f"{occur:,} of {tokens:,} tokens of the vocabulary occur ({occur / tokens:.1%})"
 
 
-def lengths(tally: Tally) -> str:
+def lengths(tally: Tally, positions: int) -> str:
     """How long documents are, and how many of them are not whole."""
     documents = tally.lengths.total()
     median, most = (quantile(tally.lengths, share) for share in (0.5, 0.95))
+    longer = f"; {tally.longer:,} are longer than the model's {positions:,} positions" if tally.longer else ""
     return (
         f"lengths in tokens: median {median:,}, 95th percentile {most:,}, longest {max(tally.lengths):,}; "
         f"{tally.truncated / documents:.1%} of the documents are cut at a row's end, "
-        f"{tally.dropped / documents:.1%} left out with nothing to mask"
+        f"{tally.dropped / documents:.1%} left out with nothing to mask{longer}"
     )
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -31,13 +32,14 @@ class Row(NamedTuple):
 
 @dataclass
 class Tally:
-    """What packing has seen: documents by their length in tokens, tokens laid into rows, and documents that were cut at
-    a row's end or left out because nothing of them could be scored."""
+    """What packing has seen: documents by their length in tokens, tokens laid into rows, documents that were cut, or
+    left out because nothing of them could be scored, and those that were longer than the model has positions."""
 
     lengths: Counter[int] = field(default_factory=Counter)
     tokens: int = 0
     truncated: int = 0
     dropped: int = 0
+    longer: int = 0
 
     def __add__(self, other: Tally) -> Tally:
         return Tally(
@@ -45,6 +47,7 @@ class Tally:
             self.tokens + other.tokens,
             self.truncated + other.truncated,
             self.dropped + other.dropped,
+            self.longer + other.longer,
         )
 
     def write(self, path: Path) -> None:
@@ -76,34 +79,38 @@ def pack(
     pad_id: int,
     split: bool,
     together: bool = True,
+    positions: int = sys.maxsize,
     tally: Tally | None = None,
 ) -> Iterator[Row]:
     """Rows of `length` tokens holding all documents in order, padded where nothing more fits; fills in the tally.
 
-    With `split`, a document that does not fit goes on in the next row with its positions counting on; without, it
-    starts a new row, what is longer than a row is cut at its end, and what then has nothing maskable is left out.
-    Unless `together`, each document starts a new row.
+    With `split`, a document that does not fit goes on in the next row with its positions counting on, and after as many
+    tokens as the model has `positions` as a new document; without, it starts a new row, what is longer than a row or
+    the positions is cut, and what then has nothing maskable is left out. Unless `together`, each document starts a new
+    row.
     """
     row, filled, count = blank(length, pad_id), 0, 0
     tally = Tally() if tally is None else tally
     for ids, maskable in documents:
         done = 0
-        stop = len(ids) if split else min(len(ids), length)
+        stop = len(ids) if split else min(len(ids), length, positions)
         tally.lengths[len(ids)] += 1
+        tally.longer += len(ids) > positions
         if not split and not any(maskable[1:stop]):
             tally.dropped += 1
             continue
         tally.truncated += stop < len(ids)
         tally.tokens += stop
         while done < stop:
-            starts_row = done == 0 and filled > 0 and (not together or (not split and filled + stop > length))
+            position = done % positions
+            starts_row = position == 0 and filled > 0 and (not together or (not split and filled + stop > length))
             if filled == length or starts_row:
                 yield row
                 row, filled, count = blank(length, pad_id), 0, 0
-            take = min(stop - done, length - filled)
+            take = min(stop - done, length - filled, positions - position)
             here = slice(filled, filled + take)
             row.ids[here] = ids[done : done + take]
-            row.position[here] = np.arange(done, done + take)
+            row.position[here] = np.arange(position, position + take)
             row.document[here] = count
             row.maskable[here] = maskable[done : done + take]
             row.maskable[filled] = False  # its predecessor is not in the row

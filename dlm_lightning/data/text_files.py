@@ -9,8 +9,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from dlm_lightning.data.files import File, find
-from dlm_lightning.data.records import for_validation, of_records, texts
+from dlm_lightning.data.files import File, train_and_val, versions
+from dlm_lightning.data.records import check_share, for_validation, of_records, texts
 from dlm_lightning.data.token_data import Span, Split, TokenData
 
 TESTS = {"test", "tests", "idle_test"}
@@ -42,32 +42,24 @@ class TextFiles(TokenData):
         **options: Any,
     ) -> None:
         super().__init__(**options)
-        if not 0 < val_share < 1:
-            raise ValueError(f"data.val_share must lie between 0 and 1, not {val_share}")
+        check_share(val_share)
         self.paths, self.val_paths, self.suffixes = paths, val_paths, suffixes
         self.text_key, self.val_share = text_key, val_share
 
     @cached_property
-    def val_files(self) -> list[File] | None:
-        """The files of `val_paths`, if there are any."""
-        return None if self.val_paths is None else find("data.val_paths", self.val_paths, self.suffixes)
-
-    @cached_property
-    def files(self) -> list[File]:
-        """The files of `paths`, sorted by their names below the folder that holds them all.
+    def files(self) -> tuple[list[File], list[File]]:
+        """The files of `paths` and of `val_paths`, sorted by their names below the folder that holds them all.
 
         Raises FileNotFoundError for a path that matches nothing, and ValueError if they cannot be split.
         """
-        named = _library() if self.paths is None else self.paths
-        apart = {file.url for file in self.val_files or []}
-        files = [file for file in find("data.paths", named, self.suffixes) if file.url not in apart]
-        if self.val_files is None and len(files) < 2 and not any(map(of_records, files)):
+        files, val = train_and_val(_library() if self.paths is None else self.paths, self.val_paths, self.suffixes)
+        if self.val_paths is None and len(files) < 2 and not any(map(of_records, files)):
             raise ValueError(
                 f"data.paths: {', '.join(self.paths or [])} must hold at least two files "
                 f"({' '.join(self.suffixes)}), one to train on and one for validation, or one of records, "
                 f"not {len(files)}"
             )
-        return files
+        return files, val
 
     def texts(self, split: Split) -> Iterator[list[Span]]:
         """The documents of a split that are not empty, files in the order of a hash of their names."""
@@ -78,15 +70,14 @@ class TextFiles(TokenData):
 
     def identity(self) -> str:
         """Names and versions of the files, and what decides which of their documents are in which split."""
-        sides = {"paths": self.files, "val_paths": self.val_files or []}
-        versions = (f"{side} {file.name} {file.version()}" for side, files in sides.items() for file in files)
-        return "\n".join([str(self.val_share if self.val_files is None else "apart"), self.text_key, *versions])
+        split = str(self.val_share) if self.val_paths is None else "apart"
+        return "\n".join([split, self.text_key, *versions(*self.files)])
 
     def _split(self) -> dict[Split, list[File]]:
         """Files by split: those text files with the smallest hashes are kept for validation, at least one in each."""
-        if self.val_files is not None:
-            return {"val": sorted(self.val_files, key=_hash), "train": sorted(self.files, key=_hash)}
-        files = sorted(self.files, key=_hash)
+        files, val = (sorted(files, key=_hash) for files in self.files)
+        if self.val_paths is not None:
+            return {"val": val, "train": files}
         records = [file for file in files if of_records(file)]
         whole = [file for file in files if not of_records(file)]
         kept = max(0, min(max(1, round(len(whole) * self.val_share)), len(whole) - 1))
@@ -96,7 +87,7 @@ class TextFiles(TokenData):
         """A file's records of a split."""
         phase = int.from_bytes(_hash(file)[:4]) / 2**32
         for number, text in enumerate(texts(file, self.text_key)):
-            if self.val_files is not None or for_validation(number, self.val_share, phase) == (split == "val"):
+            if self.val_paths is not None or for_validation(number, self.val_share, phase) == (split == "val"):
                 yield text
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
+import sys
 from abc import abstractmethod
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -118,7 +119,7 @@ class TokenData(L.LightningDataModule):
         return [
             f"data: {report.size(self.tallies['train'], len(self.rows['train']), self.row_length)}; "
             f"{report.vocabulary(self.counts_V, len(self.tokenizer))}",
-            f"  {report.lengths(self.tallies['train'])}",
+            f"  {report.lengths(self.tallies['train'], self.positions)}",
             f"  validation: {report.size(self.tallies['val'], len(self.rows['val']), self.row_length)}",
             f"  first sample, what may be masked in {report.OPEN} {report.CLOSE}: {first}",
         ]
@@ -135,6 +136,11 @@ class TokenData(L.LightningDataModule):
     def order(self) -> Order | MixedOrder:
         """Which row comes when."""
         return Order(len(self.rows["train"]), self.seed)
+
+    @property
+    def positions(self) -> int:
+        """How many positions the model has by its config; without end if that says nothing of them."""
+        return getattr(self.trainer.lightning_module.model_config, "max_position_embeddings", None) or sys.maxsize
 
     def unigram_entropy(self) -> float:
         """Entropy of the training tokens' frequencies, in nats: the loss of a model that knows nothing else."""
@@ -223,7 +229,8 @@ class TokenData(L.LightningDataModule):
     def _rows(self, split: Split) -> Iterator[dict[str, np.ndarray]]:
         tally, pad_id = Tally(), self.tokenizer.eos_token_id
         documents = self._documents(split)
-        for row in pack(documents, self.row_length, pad_id, self.splits_documents, self.pack, tally):
+        how = self.splits_documents, self.pack, self.positions
+        for row in pack(documents, self.row_length, pad_id, *how, tally):
             yield row._asdict()
         if not tally.tokens:
             why = f": all {tally.dropped} have nothing to mask in a row of data.row_length {self.row_length}"
@@ -258,7 +265,8 @@ class TokenData(L.LightningDataModule):
     def _fingerprint(self) -> str:
         """Names what the rows are made of; taken once, as files may change and a call may set a tokenizer's padding."""
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.eos_token_id)
-        return _digest(self.identity(), *tokenizer, str(self.row_length), str(self.splits_documents), str(self.pack))
+        how = self.row_length, self.splits_documents, self.pack, self.positions
+        return _digest(self.identity(), *tokenizer, *map(str, how))
 
     def _count_tokens(self) -> np.ndarray:
         table = self.rows["train"].data

@@ -65,9 +65,10 @@ def characters():
 def attach(characters):
     """Gives a data module a trainer whose model brings a tokenizer (None: it has no source)."""
 
-    def attach(data, tokenizer="characters", mask_id=1000, **facts):
+    def attach(data, tokenizer="characters", mask_id=1000, positions=None, **facts):
         tokenizer = characters() if tokenizer == "characters" else tokenizer
-        recipe = Facts(mask_id=mask_id, tokenizer=tokenizer, source=tokenizer and "source")
+        config = Facts(max_position_embeddings=positions)
+        recipe = Facts(mask_id=mask_id, tokenizer=tokenizer, source=tokenizer and "source", model_config=config)
         defaults = {"max_steps": 4, "global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
         strategy = Facts(root_device=torch.device("cpu"))
         data.trainer = Facts(lightning_module=recipe, strategy=strategy, **defaults | facts)

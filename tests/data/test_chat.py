@@ -166,6 +166,13 @@ def test_the_filling_ends_with_the_row(make_chat):
         assert len(filled) == max(len(ids), row_length)
 
 
+def test_the_filling_ends_with_the_models_positions(make_chat):
+    data = make_chat([said("q" * 9, "b")], block_size=1000, row_length=256)
+    data.trainer.lightning_module.model_config.max_position_embeddings = 64
+    [(ids, _)] = documents(data)
+    assert len(ids) == 64
+
+
 def test_a_mask_tail_is_no_mask_token_of_the_data(make_chat):
     chats = [said(f"q{n}", "answer " * n) for n in range(6)]
     data = make_chat(chats, block_size=16, tail="mask", row_length=128, mask_id=250)

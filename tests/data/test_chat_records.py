@@ -48,9 +48,11 @@ def test_a_hub_set_is_read_like_a_file(make_chat, tmp_path):
     data = make_chat(hub=str(tmp_path / "set"), prompt_key="question", response_key="answer", skip_malformed=True)
     assert [spans[1][0] for s in ("val", "train") for spans in pieces(data, s)] == [f"{n}<|im_end|>" for n in range(4)]
     data.skip_malformed = False
-    with pytest.raises(ValueError, match=r"set\[4\] has neither messages nor conversations nor question and answer"):
+    with pytest.raises(ValueError, match=r"set:5 has neither messages nor conversations nor question and answer"):
         pieces(data)
     assert data.identity() == data.identity() and data._hub_set._fingerprint in data.identity()
+    with pytest.raises(ValueError, match=r"^data.hub: nobody/nothing, split train, cannot be loaded"):
+        pieces(make_chat(hub="nobody/nothing"))
 
 
 def test_what_the_rows_are_made_of_names_the_cache(make_chat):

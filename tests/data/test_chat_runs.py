@@ -57,6 +57,8 @@ def source(source_folder, tmp_path_factory) -> Path:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     tokenizer.add_special_tokens({"additional_special_tokens": ["<|im_start|>", "<|im_end|>"]})
     tokenizer.save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": ROW}))
     return folder
 
 
@@ -190,3 +192,55 @@ def test_urls_and_relative_files_are_kept_as_what_they_name(typed, words, chats,
     data = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["init_args"]
     assert data["paths"] == ["memory://chats"] and data["val_paths"] == [str(tmp_path / "kept.jsonl")]
     assert data["chat_template"] == str(tmp_path / "chatml.jinja") and data["hub"] is None
+
+
+@pytest.fixture
+def mixed(words, chats, corpus, tmp_path) -> list[str]:
+    """Overrides for `mixed.yaml`: chats, one of them malformed, and texts in equal parts."""
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text(chats.read_text(encoding="utf-8") + "nonsense\n", encoding="utf-8")
+    chat = {"paths": [str(bad)], "chat_template": "chatml.jinja", "skip_malformed": True}
+    parts = [
+        {"class_path": "dlm_lightning.data.chat.Chat", "init_args": chat},
+        {"class_path": "dlm_lightning.data.text_files.TextFiles", "init_args": {"paths": [str(corpus)]}},
+    ]
+    data = {"class_path": "dlm_lightning.data.mixture.Mixture", "init_args": {"parts": parts, "weights": [1, 1]}}
+    recipe = {"extends": str(ROOT / "recipes" / "block_causal.yaml"), "data": data}
+    (tmp_path / "mixed.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "strict.yaml").write_text(yaml.safe_dump(recipe).replace("skip_malformed: true", "turns: all"))
+    return [word for word in words if word.split("=")[0] not in ("data.paths", "data.chat_template")]
+
+
+def test_a_mixture_scores_the_answers_of_chats_and_all_of_texts(typed, mixed, corpus, source, tmp_path):
+    said = typed("fit", "mixed.yaml", *mixed, "trainer.max_steps=2", "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    texts = [file.read_text() for file in corpus.iterdir()]
+    kinds = {"chat": 0, "text": 0}
+    for step in range(2):
+        batch, mask_id = torch.load(tmp_path / f"batch_{step}.pt")
+        for ids_L, document_L, maskable_L in zip(batch[0], batch[2], batch[3], strict=True):
+            for document in range(document_L.max() + 1):
+                here_L = document_L == document
+                ids, maskable = ids_L[here_L].tolist(), maskable_L[here_L].tolist()
+                if "<|im_start|>" in tokenizer.decode(ids):
+                    check(tokenizer, ids, maskable, "eos", mask_id)
+                    kinds["chat"] += 1
+                else:
+                    assert maskable == [False, *[True] * (len(ids) - 1)]
+                    text = tokenizer.decode(ids, skip_special_tokens=True)
+                    assert any(text in whole for whole in texts)
+                    kinds["text"] += 1
+    assert kinds["chat"] > 3 and kinds["text"] > 3
+    lines = said.out.splitlines()
+    malformed = f"data: 1 of 241 records are malformed: {tmp_path}/bad.jsonl:241 is not JSON: "
+    assert sum(line.startswith(malformed) and line.endswith("; they are left out") for line in lines) == 1
+    [start] = [n for n, line in enumerate(lines) if line.startswith("data: ") and " rows of " in line]
+    for number, (kind, documents) in enumerate([("Chat", 228), ("TextFiles", 5)]):
+        said_of_it = rf"  part {number}, {kind}: {documents} documents, [\d,]+ tokens in \d+ rows of {ROW}, .* full; "
+        assert re.match(said_of_it + r"\d+ draws per epoch \(\d+.\d%\)$", lines[start + 1 + number])
+
+
+def test_malformed_lines_of_a_part_are_named_with_the_part(refused, mixed, tmp_path):
+    sentence = refused("fit", "strict.yaml", *mixed, cwd=tmp_path)
+    assert sentence.startswith(f"data.parts.0: data: 1 of 241 records are malformed: {tmp_path}/bad.jsonl:241 is not")

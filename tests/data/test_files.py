@@ -9,7 +9,7 @@ import fsspec
 import pytest
 from fsspec.registry import known_implementations
 
-from dlm_lightning.data.files import absolute, find, suffix
+from dlm_lightning.data.files import absolute, find, suffix, train_and_val
 
 
 @pytest.fixture
@@ -108,6 +108,23 @@ def test_a_version_follows_the_content(folder, in_memory, server):
 def test_what_cannot_be_found_is_named(path, error, says):
     with pytest.raises(error, match=says):
         look_up(path)
+
+
+@pytest.mark.parametrize("paths", [["empty"], ["a", "empty"], ["empt?"]])
+def test_a_folder_without_any_such_file_is_named(folder, paths):
+    (folder / "empty").mkdir()
+    (folder / "empty" / "picture.png").touch()
+    with pytest.raises(FileNotFoundError, match=r"data.paths: .*empt. holds no file \(.txt .md\)$"):
+        look_up(*(folder / path for path in paths))
+
+
+def test_what_is_for_validation_is_not_for_training(folder):
+    train, val = train_and_val([str(folder)], [str(folder / "a" / ".." / "b")], (".txt", ".md"))
+    assert [[file.name for file in files] for files in (train, val)] == [
+        ["a/0.txt", "a/deep/1.md"],
+        ["2.txt", "3.txt.gz"],
+    ]
+    assert [len(files) for files in train_and_val([str(folder)], None, (".txt", ".md"))] == [4, 0]
 
 
 def test_a_file_system_that_is_not_installed_is_named(monkeypatch):

@@ -116,9 +116,9 @@ def test_identity_of_a_mapped_set_follows_its_files(sets, tmp_path):
         ({"val_split": "dev"}, "split dev, cannot be loaded"),
         ({"split": "dev", "streaming": True, "documents": 9}, "split dev, cannot be loaded: Bad split: dev"),
         ({"name": "english"}, "cannot be loaded: BuilderConfig 'english' not found"),
-        ({"text_key": "content"}, "record 0 has no content, which data.text_key asks for; it has text, body, number"),
-        ({"text_key": "number"}, r"record 0: number \(data.text_key\) is not a string, but int"),
-        ({"text_key": "content", "streaming": True, "documents": 9}, "record 0 has no content"),
+        ({"text_key": "content"}, "lines:1 has no content, which data.text_key asks for; it has text, body, number"),
+        ({"text_key": "number"}, r"lines:1 has a number \(data.text_key\) that is a number, not text"),
+        ({"text_key": "content", "streaming": True, "documents": 9}, "lines:1 has no content"),
     ],
 )
 def test_what_is_not_there_is_named(sets, keys, says):

@@ -163,8 +163,8 @@ def test_weights_and_parts_are_facts_of_a_run(mixture, given, ready):
 def test_the_report_tells_the_parts_and_their_draws(mixture, ready):
     lines = ready(mixture(weights=[1, 2])).report()
     assert lines[1:3] == [
-        "  part 0, Given: 4 rows, 2 draws per epoch (33.3%)",
-        "  part 1, Given: 2 rows, 4 draws per epoch (66.7%)",
+        "  part 0, Given: 4 documents, 32 tokens in 4 rows of 8, 100.0% full; 2 draws per epoch (33.3%)",
+        "  part 1, Given: 2 documents, 16 tokens in 2 rows of 8, 100.0% full; 4 draws per epoch (66.7%)",
     ]
     assert lines[0].startswith("data: 6 documents, 48 tokens in 6 rows of 8, 100.0% full; ")
 

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from dlm_lightning.data.files import find
-from dlm_lightning.data.records import for_validation, of_records, texts
+from dlm_lightning.data.records import for_validation, of_records, read, texts
 
 RECORDS = [{"id": n, "text": f"text {n}\nof two lines \u2028 or so"} for n in range(5)]
 
@@ -41,22 +41,59 @@ def test_other_files_hold_no_records(tmp_path, name):
 @pytest.mark.parametrize(
     ("name", "records", "says"),
     [
-        ("a.jsonl", [{"text": "a"}, "{broken"], "a.jsonl line 3 is not JSON: Expecting property name"),
-        ("a.jsonl", [{"text": "a"}, "[1]"], "a.jsonl line 3 is not a record with keys"),
-        ("a.jsonl", [{"text": "a"}, {"body": 1, "id": 2}], "line 3 has no text, which data.text_key asks for; it has"),
+        ("a.jsonl", [{"text": "a"}, "{broken"], "a.jsonl:3 is not JSON: Expecting property name"),
+        ("a.jsonl", [{"text": "a"}, "[1]"], "a.jsonl:3 is a list, not an object"),
+        (
+            "a.jsonl",
+            [{"text": "a"}, {"body": 1, "id": 2}],
+            "a.jsonl:3 has no text, which data.text_key asks for; it has body, id",
+        ),
         (
             "a.json.gz",
             [{"text": "a"}, {"text": None}],
-            "line 3: text .* is not a string, but NoneType",
+            r"a.json.gz:3 has a text \(data.text_key\) that is null, not text",
         ),
-        ("a.parquet", [{"body": "a", "id": 2}], "a.parquet has no text, which data.text_key asks for; it has body, id"),
-        ("a.parquet", [{"text": 1}], r"a.parquet row 1: text \(data.text_key\) is not a string, but int"),
-        ("a.parquet", [{"text": "a"}, {"text": None}], "a.parquet row 2: text .* is not a string, but NoneType"),
+        ("a.jsonl", ['{"text": "\\ud83d"}'], "a.jsonl:1 has a text .* that is not Unicode: surrogates not allowed"),
+        (
+            "a.parquet",
+            [{"body": "a", "id": 2}],
+            "a.parquet:1 has no text, which data.text_key asks for; it has body, id",
+        ),
+        ("a.parquet", [{"text": 1}], "a.parquet:1 has a text .* that is a number, not text"),
+        ("a.parquet", [{"text": "a"}, {"text": None}], "a.parquet:2 has a text .* that is null, not text"),
     ],
 )
 def test_a_malformed_record_is_named_with_its_place(tmp_path, name, records, says):
     file = write(tmp_path / name, records)
     with pytest.raises(ValueError, match=says):
+        list(texts(file, "text"))
+
+
+LINES = b'{"n": 1}\r\n\n  \n{"n": 2}\n"\xff\xe2\x80\xa8"'
+
+
+def test_lines_are_bytes_with_the_numbers_that_an_editor_shows(tmp_path):
+    for name, content in (("a.jsonl", LINES), ("a.jsonl.gz", gzip.compress(LINES)), ("notes", LINES)):
+        (tmp_path / name).write_bytes(content)
+        [file] = find("data.paths", [str(tmp_path / name)], ())
+        assert list(read(file, [])) == [
+            (f"{tmp_path / name}:1", b'{"n": 1}'),
+            (f"{tmp_path / name}:4", b'{"n": 2}'),
+            (f"{tmp_path / name}:5", b'"\xff\xe2\x80\xa8"'),
+        ]
+
+
+def test_only_those_columns_are_read_that_are_asked_for_where_there_are_any(tmp_path):
+    file = write(tmp_path / "a.parquet", [{"a": 1, "b": [2], "c": 3}, {"a": 4, "b": [], "c": 6}])
+    asked = [(f"{file.url}:1", {"b": [2]}), (f"{file.url}:2", {"b": []})]
+    assert list(read(file, ["b", "other"])) == asked
+    assert [record for _, record in read(file, ["other"])] == [{"a": 1, "b": [2], "c": 3}, {"a": 4, "b": [], "c": 6}]
+
+
+def test_a_line_that_is_not_utf_8_is_named(tmp_path):
+    (tmp_path / "a.jsonl").write_bytes(b'{"text": "a"}\n{"text": "caf\xe9"}')
+    [file] = find("data.paths", [str(tmp_path / "a.jsonl")], ())
+    with pytest.raises(ValueError, match=r"a.jsonl:2 is not JSON: .* can't decode byte"):
         list(texts(file, "text"))
 
 
@@ -73,6 +110,11 @@ def test_the_share_is_kept_evenly_from_any_place_on(count, share, phase):
     for start in (0, 137):
         window = kept[start : start + count]
         assert abs(sum(window) - share * len(window)) < 1 + 1e-6
+
+
+@given(st.floats(1e-9, 1, exclude_max=True))
+def test_a_phase_keeps_the_first(share):
+    assert for_validation(0, share, phase=1 - share)
 
 
 def test_by_hand():

@@ -40,6 +40,24 @@ def test_the_lines_by_hand(given, ready, said):
     assert sample.startswith("  first sample, what may be masked in ⟦ ⟧: ")
 
 
+@pytest.mark.parametrize("splits", [True, False])
+def test_documents_beyond_the_models_positions_are_counted_and_name_the_rows(given, ready, splits):
+    def data(positions):
+        made = given(["a", "abcd", "abcde", "efghijk"], row_length=16)
+        made.splits_documents = splits
+        return ready(made, positions=positions)
+
+    here = data(positions=5)
+    assert here.report()[1].endswith("; 2 are longer than the model's 5 positions")
+    rows = here.rows["train"]
+    assert max(int(row["position"].max()) for row in rows) == 4
+    assert here.tallies["train"].truncated == (0 if splits else 2)
+    longest = data(positions=None)
+    assert max(int(row["position"].max()) for row in longest.rows["train"]) == 7
+    assert longest.report()[1].endswith("left out with nothing to mask")
+    assert len({made.facts()["data"] for made in (here, longest, data(positions=4))}) == 3
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_it_is_said_once_for_a_fit_by_one_rank_and_not_for_its_validations(given, attach, said, rank):
     data = attach(given(["abc"]), global_rank=rank, world_size=2)

@@ -1,5 +1,6 @@
 """Packing against a token-by-token reference, and the guarantees that training rests on."""
 
+import sys
 from collections import Counter
 from itertools import groupby
 
@@ -21,6 +22,7 @@ def document(draw):
 
 documents = st.lists(document(), max_size=8)
 lengths = st.integers(1, 8)
+limits = st.integers(1, 12) | st.just(sys.maxsize)  # positions of a model
 
 
 def scorable(document, length):
@@ -28,15 +30,22 @@ def scorable(document, length):
     return any(document.maskable[1:length])
 
 
-def reference(documents, length, split, together):
+def reference(documents, length, split, together, limit):
     """Rows as lists of (id, position, document, maskable) of their real tokens, built token by token."""
     rows = [[]]
+    if split:  # what is longer than the positions is several documents
+        documents = [
+            Document(ids[first : first + limit], maskable[first : first + limit])
+            for ids, maskable in documents
+            for first in range(0, len(ids), min(limit, 99))
+        ]
+    most = min(length, limit)
     for number, (ids, maskable) in enumerate(documents):
-        if not split and not scorable(documents[number], length):
+        if not split and not scorable(documents[number], most):
             continue
-        if not together or (not split and len(rows[-1]) + min(len(ids), length) > length):
+        if not together or (not split and len(rows[-1]) + min(len(ids), most) > length):
             rows.append([])
-        for position, token in enumerate(ids if split else ids[:length]):
+        for position, token in enumerate(ids if split else ids[:most]):
             if len(rows[-1]) == length:
                 rows.append([])
             rows[-1].append((token, position, number, maskable[position]))
@@ -54,37 +63,39 @@ def real(row: Row):
     return [token for token in columns if token[2] >= 0]
 
 
-@given(documents, lengths, st.booleans(), st.booleans())
-def test_equals_the_reference(documents, length, split, together):
-    rows = [real(row) for row in pack(documents, length, PAD, split, together)]
-    assert rows == reference(documents, length, split, together)
+@given(documents, lengths, st.booleans(), st.booleans(), limits)
+def test_equals_the_reference(documents, length, split, together, limit):
+    rows = [real(row) for row in pack(documents, length, PAD, split, together, limit)]
+    assert rows == reference(documents, length, split, together, limit)
+    assert all(position < limit for row in rows for _, position, *_ in row)
 
 
-@given(documents, lengths, st.booleans(), st.booleans())
-def test_the_tally_is_what_happened_to_the_documents(documents, length, split, together):
-    tally = Tally()
-    rows = list(pack(documents, length, PAD, split, together, tally))
-    kept = [document for document in documents if split or scorable(document, length)]
+@given(documents, lengths, st.booleans(), st.booleans(), limits)
+def test_the_tally_is_what_happened_to_the_documents(documents, length, split, together, limit):
+    tally, most = Tally(), min(length, limit)
+    rows = list(pack(documents, length, PAD, split, together, limit, tally))
+    kept = [document for document in documents if split or scorable(document, most)]
     assert sorted(tally.lengths.elements()) == sorted(len(document.ids) for document in documents)
     assert tally.tokens == sum(len(real(row)) for row in rows)
     assert tally.dropped == len(documents) - len(kept)
-    assert tally.truncated == sum(not split and len(document.ids) > length for document in kept)
+    assert tally.truncated == sum(not split and len(document.ids) > most for document in kept)
+    assert tally.longer == sum(len(document.ids) > limit for document in documents)
 
 
-@given(documents, lengths, st.booleans())
-def test_apart_no_row_holds_two_documents(documents, length, split):
-    rows = [real(row) for row in pack(documents, length, PAD, split, together=False)]
+@given(documents, lengths, st.booleans(), limits)
+def test_apart_no_row_holds_two_documents(documents, length, split, limit):
+    rows = [real(row) for row in pack(documents, length, PAD, split, together=False, positions=limit)]
     assert all({number for _, _, number, _ in row} == {0} for row in rows)
 
 
 def test_a_tally_survives_its_file_and_adds_up(tmp_path):
     documents = [Document(range(n), [True] * n) for n in (1, 3, 3, 9)]
     tally = Tally()
-    list(pack(documents, 4, PAD, split=False, tally=tally))
-    assert tally == Tally(Counter({1: 1, 3: 2, 9: 1}), tokens=10, truncated=1, dropped=1)
+    list(pack(documents, 4, PAD, split=False, positions=2, tally=tally))
+    assert tally == Tally(Counter({1: 1, 3: 2, 9: 1}), tokens=6, truncated=3, dropped=1, longer=3)
     tally.write(tmp_path / "tally.json")
     assert Tally.read(tmp_path / "tally.json") == tally and len(list(tmp_path.iterdir())) == 1
-    assert tally + tally == Tally(Counter({1: 2, 3: 4, 9: 2}), tokens=20, truncated=2, dropped=2)
+    assert tally + tally == Tally(Counter({1: 2, 3: 4, 9: 2}), tokens=12, truncated=6, dropped=2, longer=6)
 
 
 @given(documents, lengths)
@@ -132,6 +143,20 @@ def test_a_document_over_three_rows_counts_on_and_its_prompt_stays_unmaskable():
         [False, False, True, True],
         [False] * 4,  # nothing in its row predicts the only token
     ]
+
+
+def test_a_document_beyond_the_positions_goes_on_as_a_new_one_or_is_cut():
+    [document] = documents = [Document(range(8), [False] * 2 + [True] * 6)]
+    tally = Tally()
+    first, second = pack(documents, 5, PAD, split=True, positions=3, tally=tally)
+    assert first.position.tolist() == [0, 1, 2, 0, 1] and first.document.tolist() == [0, 0, 0, 1, 1]
+    assert second.position.tolist()[:3] == [2, 0, 1] and second.document.tolist()[:3] == [0, 1, 1]
+    assert first.maskable.tolist() == [False, False, True, False, True]  # a document's first token never is
+    assert second.maskable.tolist() == [False, False, True, False, False]
+    assert (tally.longer, tally.truncated) == (1, 0)
+    tally = Tally()
+    [row] = pack(documents, 5, PAD, split=False, positions=3, tally=tally)
+    assert row.ids.tolist() == [*document.ids[:3], PAD, PAD] and (tally.longer, tally.truncated) == (1, 1)
 
 
 def test_rows_do_not_share_memory():
