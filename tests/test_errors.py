@@ -132,7 +132,7 @@ VALUES = {
     "data.paths=[*.nothing]": "data.paths: expected a list, written [one, two]",  # an alias, to YAML
     "data.paths=corpus": "data.paths: expected a list, written [one, two]",
     "data.paths=[]": "data.paths: ",
-    "data.paths=[hollow]": "data.paths: hollow must hold at least two ",
+    "data.paths=[hollow]": "data.paths: hollow holds no file (.py .md ",
     "data.paths=[blank]": "data: the train split is empty; it needs more documents",
     # the source
     "model.source=nowhere": "model.source: there is no folder nowhere",
