@@ -97,7 +97,10 @@ def measured(recipe: str, words: list[str]) -> tuple[int, int]:
 
 def table() -> str:
     """The Markdown table, plan and measurement in MiB."""
-    lines = ["| recipe | other than above | plan | measured | error | before the network |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| recipe | other than above | plan | measured | error | before the network |",
+        "|---|---|---|---|---|---|",
+    ]
     for recipe, more in SHAPES:
         expected = planned(recipe, [*WORDS, *more])
         found, before = measured(recipe, [*WORDS, *more])

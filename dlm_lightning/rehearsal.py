@@ -6,7 +6,8 @@ Shapes: B rows, L tokens per copy, N scored tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -154,8 +155,30 @@ class _Faked:
         self.weight_N = torch.zeros(scored)
 
 
+@contextmanager
+def _converted_anew() -> Iterator[None]:
+    """Modules converted by `to`, as peft's adapters are, get new parameters: torch cannot swap fake ones in place."""
+
+    def apply(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+        for inner in module.modules() if recurse else [module]:
+            for name, p in inner._parameters.items():
+                if p is not None:
+                    inner._parameters[name] = nn.Parameter(convert(p.detach()), p.requires_grad)
+            for name, buffer in inner._buffers.items():
+                inner._buffers[name] = None if buffer is None else convert(buffer)
+        return module
+
+    own: Any = nn.Module._apply
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = own  # type: ignore[method-assign]
+
+
 def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, ledger: Ledger) -> Rehearsal:
-    recipe.configure_model()
+    with _converted_anew():
+        recipe.configure_model()
     precision = recipe.trainer.precision_plugin  # not before: building the network may settle it
     denoiser = recipe.denoiser.train()
     optimizer = recipe.configure_optimizers()["optimizer"]

@@ -52,7 +52,9 @@ def check_sight(denoiser: Denoiser, pattern: Pattern) -> int:
     reach_SS = torch.eye(len(widest_SS), dtype=torch.bool, device=device)
     for depth, hidden_RSD in enumerate(states):
         reach_SS = reach_SS | (widest_SS.float() @ reach_SS.float() > 0)
-        moved_SS = (hidden_RSD[2 : 2 + len(reach_SS)] - hidden_RSD[0]).abs().amax(-1).T  # of each token, by each changed token
+        moved_SS = (
+            (hidden_RSD[2 : 2 + len(reach_SS)] - hidden_RSD[0]).abs().amax(-1).T
+        )  # of each token, by each changed token
         noise = (hidden_RSD[1] - hidden_RSD[0]).abs().max()
         leaks_SS = (moved_SS > 10 * noise + 1e-6 * hidden_RSD.abs().max()) & ~reach_SS
         blind_SS = (moved_SS <= noise) & narrowest_SS if depth == 0 else torch.zeros_like(leaks_SS)

@@ -48,7 +48,7 @@ def test_a_gap_that_is_too_small_is_kept_and_counted(allocator):
         allocator.give_back(key)  # 160 MiB, in pieces
     for key in range(41, 49):
         allocator.take(key, 20 * MIB)  # as much again, and none of it fits
-    assert allocator.most > 1.3 * 320 * MIB
+    assert allocator.most > 1.1 * 320 * MIB
 
 
 def test_all_is_given_back_at_the_end_and_only_once(allocator):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -13,6 +14,7 @@ from transformers import AutoModelForCausalLM
 from dlm_lightning.loss import weighted_sum
 from dlm_lightning.plan import Plan, plan, rows
 from dlm_lightning.recipes.block_causal import BlockCausal
+from dlm_lightning.rehearsal import per_device
 
 BENCHMARK = Path(__file__).parents[1] / "benchmarks" / "memory.py"
 B, L, STEPS, VOCABULARY = 4, 24, 6, 301
@@ -108,12 +110,14 @@ def test_the_peak_is_the_sum_of_its_parts(planned):
     assert all(0 <= at_peak <= whole for whole, at_peak in memory.parts.values())
 
 
-def test_what_malloc_keeps_is_of_cpus_only(planned):
+def test_what_malloc_keeps_comes_on_top_and_only_on_cpus(planned):
     cpu, gpu = planned("block_causal"), planned("block_causal", "trainer.accelerator=gpu", "trainer.devices=1")
-    assert cpu.rehearsal.allocator > 0 == gpu.rehearsal.allocator
-    kept = cpu.memory.peak - cpu.rehearsal.weights - cpu.rehearsal.optimizer - sum(cpu.rehearsal.passes)
-    assert kept == cpu.memory.parts.get("freed, kept by malloc", (0, 0))[1]
-    assert "freed, kept by malloc" not in gpu.memory.parts
+    assert gpu.rehearsal.allocator == 0 and "freed, kept by malloc" not in gpu.memory.parts
+    done = cpu.rehearsal
+    alive = done.weights + done.optimizer + max(sum(done.passes), sum(done.update))
+    for held, kept in ((0, 0), (alive, 0), (alive + 12345, 12345)):
+        memory = per_device(replace(done, allocator=held), "single", 1, cpu.denoiser)
+        assert memory.peak == alive + kept
 
 
 def test_accumulated_gradients_are_there_during_the_passes(planned, parameters):
