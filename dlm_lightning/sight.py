@@ -97,7 +97,7 @@ def check_readout(denoiser: Denoiser) -> float:
 
 
 def _changed(view: View, denoiser: Denoiser) -> View:
-    """The row, the same again, the row with each of its tokens changed in turn, and the row up to whole ROWS: [R, S]."""
+    """The row, the same again, the row with each of its tokens changed in turn, the row up to whole ROWS: [R, S]."""
     size, known = view.ids_BS.shape[1], denoiser.token_ids
     count = -(-(2 + size) // ROWS) * ROWS  # the last ones pass in as large a batch as the rest, which rounds alike
     ids_RS = view.ids_BS.repeat(count, 1)
