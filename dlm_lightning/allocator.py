@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+from typing import Any
 
 ALIGNMENT = 64  # bytes, torch's on a CPU
 
@@ -25,7 +26,7 @@ class Allocator:
 
     def __init__(self) -> None:
         libc = ctypes.PyDLL(None)  # holds the interpreter's lock, so that blocks come from the main thread's heap
-        self._libc = libc if hasattr(libc, "mallinfo2") else None
+        self._libc: Any = libc if hasattr(libc, "mallinfo2") else None
         self._blocks: dict[int, ctypes.c_void_p] = {}
         self._first = self._held() if self._libc else 0
         self.most = 0
