@@ -104,7 +104,7 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
         copies,
         max(1, round(tokens.scored)),
         accumulate=trainer.accumulate_grad_batches,
-        fused=machine.gpus,
+        gpu=machine.gpus,
     )
     memory = per_device(done, machine.strategy, machine.devices, recipe.denoiser)
     return Plan(

@@ -6,7 +6,8 @@ Shapes: B rows, L tokens per copy, N scored tokens.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dlm_lightning.allocator import Allocator
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.flops import FlopCounter
 from dlm_lightning.loss import weighted_sum
@@ -23,6 +25,8 @@ from dlm_lightning.module import Recipe
 from dlm_lightning.noise import Masked
 from dlm_lightning.source import decoder_layers
 from dlm_lightning.view import Batch
+
+SETTLING = 4  # steps after which a CPU's malloc holds hardly more than before
 
 
 class Moment(NamedTuple):
@@ -39,6 +43,7 @@ class Rehearsal:
     weights, gradients, optimizer: whole, of the parameters, of those that are trained, of AdamW's moments.
     activations: what is alive between a forward pass and its backward pass.
     passes, update: the fullest moment of forward and backward, and of the optimizer's step.
+    allocator: what a CPU's malloc held at most, with what it keeps of freed blocks; 0 on a GPU, or if it does not tell.
     forward, computed: FLOPs of a micro-batch's forward pass, and of forward and backward with recomputation.
     """
 
@@ -48,6 +53,7 @@ class Rehearsal:
     activations: int
     passes: Moment
     update: Moment
+    allocator: int
     forward: int
     computed: int
 
@@ -55,11 +61,12 @@ class Rehearsal:
 class Ledger(TorchDispatchMode):
     """Follows each storage that an operation makes from birth to death; `fullest` is the moment with most bytes.
 
-    `held` bytes are those that are there at any time; `gradients` is told by `watch`.
+    `held` bytes are those that are there at any time; `gradients` is told by `watch`. An allocator is asked for each.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, allocator: Allocator | None = None) -> None:
         super().__init__()
+        self.allocator = allocator
         self.alive = self.held = self.gradients = 0
         self.fullest = Moment()
         self._size: dict[int, int] = {}
@@ -79,10 +86,14 @@ class Ledger(TorchDispatchMode):
         if key not in self._size:
             self._size[key] = storage.nbytes()
             self.alive += storage.nbytes()
+            if self.allocator:
+                self.allocator.take(key, storage.nbytes())
             weakref.finalize(storage, self._forget, key)
 
     def _forget(self, key: int) -> None:
         self.alive -= self._size.pop(key)
+        if self.allocator:
+            self.allocator.give_back(key)
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
         """Tell gradients from the rest as soon as they are accumulated."""
@@ -106,9 +117,9 @@ def rehearse(
     copies: Sequence[Masked],
     scored: int,
     accumulate: int = 1,
-    fused: bool = False,
+    gpu: bool = False,
 ) -> Rehearsal:
-    """Build the recipe's network on fake tensors and make two optimizer steps with it.
+    """Build the recipe's network on fake tensors and make optimizer steps with it: two, and on a CPU a few more.
 
     Args:
         recipe: with a trainer, whose precision counts, and without a network yet; its weights are random ones, so that
@@ -116,18 +127,22 @@ def rehearse(
         batch: a micro-batch of real tensors, and `copies` its masks; the values do not matter.
         scored: how many tokens are scored.
         accumulate: micro-batches per optimizer step; above 1, gradients stay during the passes.
-        fused: whether AdamW works on all parameters at once, as torch has it on GPUs.
+        gpu: whether AdamW works on all parameters at once, as torch has it on GPUs, and no malloc is asked.
 
     Raises ValueError for a network whose shapes depend on what it computes.
     """
     recipe.pretrained = False
+    allocator = None if gpu else Allocator()
     try:
-        with FakeTensorMode() as fake, Ledger() as ledger:
-            return _rehearse(recipe, _Faked(fake, batch, copies, scored), accumulate, fused, ledger)
+        with FakeTensorMode() as fake, Ledger(allocator) as ledger:
+            return _rehearse(recipe, _Faked(fake, batch, copies, scored), accumulate, ledger)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"model: {type(recipe).__name__} cannot be planned: what it computes decides a shape ({error})"
         ) from error
+    finally:
+        if allocator:
+            allocator.close()
 
 
 class _Faked:
@@ -140,13 +155,35 @@ class _Faked:
         self.weight_N = torch.zeros(scored)
 
 
-def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, fused: bool, ledger: Ledger) -> Rehearsal:
-    recipe.configure_model()
+@contextmanager
+def _converted_anew() -> Iterator[None]:
+    """Modules converted by `to`, as peft's adapters are, get new parameters: torch cannot swap fake ones in place."""
+
+    def apply(module: nn.Module, convert: Any, recurse: bool = True) -> nn.Module:
+        for inner in module.modules() if recurse else [module]:
+            for name, p in inner._parameters.items():
+                if p is not None:
+                    inner._parameters[name] = nn.Parameter(convert(p.detach()), p.requires_grad)
+            for name, buffer in inner._buffers.items():
+                inner._buffers[name] = None if buffer is None else convert(buffer)
+        return module
+
+    own: Any = nn.Module._apply
+    nn.Module._apply = apply  # type: ignore[method-assign, assignment]
+    try:
+        yield
+    finally:
+        nn.Module._apply = own  # type: ignore[method-assign]
+
+
+def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, ledger: Ledger) -> Rehearsal:
+    with _converted_anew():
+        recipe.configure_model()
     precision = recipe.trainer.precision_plugin  # not before: building the network may settle it
     denoiser = recipe.denoiser.train()
     optimizer = recipe.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
-        group["foreach"] = fused
+        group["foreach"] = ledger.allocator is None
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     ledger.watch(trained)
     ledger.held = nbytes(denoiser.parameters())
@@ -168,22 +205,29 @@ def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, fused: bool, ledge
             loss.backward()
             computed = counter.get_total_flops()
 
-    passes(first=True)
-    optimizer.step()  # makes the optimizer's state, which every later step finds
+    def step() -> tuple[Moment, Moment]:
+        """A step, and the fullest moments of its passes and of its update."""
+        ledger.fullest = Moment()
+        for micro_batch in range(min(accumulate, 2)):
+            passes(first=micro_batch == 0)
+        in_passes, ledger.fullest = ledger.fullest, Moment()
+        optimizer.step()
+        return in_passes, ledger.fullest
+
+    step()  # makes the optimizer's state, which every later step finds
     state = [value for values in optimizer.state.values() for value in values.values()]
     ledger.held += nbytes(state)
-    ledger.fullest = Moment()
-    for micro_batch in range(min(accumulate, 2)):
-        passes(first=micro_batch == 0)
-    in_passes, ledger.fullest = ledger.fullest, Moment()
-    optimizer.step()
+    in_passes, update = step()
+    for _ in range(SETTLING if ledger.allocator else 0):
+        step()
     return Rehearsal(
         weights=nbytes(denoiser.parameters()),
         gradients=nbytes(p.grad for p in trained),
         optimizer=nbytes(state),
         activations=activations,
         passes=in_passes,
-        update=ledger.fullest,
+        update=update,
+        allocator=ledger.allocator.most if ledger.allocator else 0,
         forward=forward,
         computed=computed,
     )
@@ -206,10 +250,13 @@ def per_device(done: Rehearsal, strategy: str, devices: int, denoiser: Denoiser)
 
     DDP keeps a second copy of the gradients, its buckets. FSDP2 divides weights, gradients and optimizer state; whole
     at a time are what lies outside the layers, and two layers, the one at work and the next, with the gradients of one.
+    What malloc holds beyond the fullest moment is freed memory that it keeps.
     """
     shards = devices if strategy == "fsdp2" else 1
     buckets = done.gradients if strategy.startswith("ddp") else 0
     whole = _gathered(denoiser) if strategy == "fsdp2" else 0
+    fullest = done.weights + done.optimizer + max(sum(done.passes), sum(done.update))
+    freed = max(0, done.allocator - fullest) // shards
     moments = {
         "in the forward or backward pass": (done.passes, whole, 1),
         "in the optimizer's step": (done.update, 0, shards),
@@ -228,6 +275,8 @@ def per_device(done: Rehearsal, strategy: str, devices: int, denoiser: Denoiser)
         }
         if whole:
             parts["gathered by FSDP2"] = (whole, gathered)
+        if freed:
+            parts["freed, kept by malloc"] = (freed, freed)
         return Memory(parts, when)
 
     return max((memory(when) for when in moments), key=lambda memory: memory.peak)

@@ -52,7 +52,9 @@ def check_sight(denoiser: Denoiser, pattern: Pattern) -> int:
     reach_SS = torch.eye(len(widest_SS), dtype=torch.bool, device=device)
     for depth, hidden_RSD in enumerate(states):
         reach_SS = reach_SS | (widest_SS.float() @ reach_SS.float() > 0)
-        moved_SS = (hidden_RSD[2:] - hidden_RSD[0]).abs().amax(-1).T  # of each token, by each changed token
+        moved_SS = (
+            (hidden_RSD[2 : 2 + len(reach_SS)] - hidden_RSD[0]).abs().amax(-1).T
+        )  # of each token, by each changed token
         noise = (hidden_RSD[1] - hidden_RSD[0]).abs().max()
         leaks_SS = (moved_SS > 10 * noise + 1e-6 * hidden_RSD.abs().max()) & ~reach_SS
         blind_SS = (moved_SS <= noise) & narrowest_SS if depth == 0 else torch.zeros_like(leaks_SS)
@@ -95,13 +97,14 @@ def check_readout(denoiser: Denoiser) -> float:
 
 
 def _changed(view: View, denoiser: Denoiser) -> View:
-    """The row, the same again, and the row with each of its tokens changed in turn: [R, S]."""
+    """The row, the same again, the row with each of its tokens changed in turn, the row up to whole ROWS: [R, S]."""
     size, known = view.ids_BS.shape[1], denoiser.token_ids
-    ids_RS = view.ids_BS.repeat(2 + size, 1)
+    count = -(-(2 + size) // ROWS) * ROWS  # the last ones pass in as large a batch as the rest, which rounds alike
+    ids_RS = view.ids_BS.repeat(count, 1)
     for n in range(size):
         now = int(ids_RS[0, n])
         ids_RS[2 + n, n] = known[(known.index(now) + len(known) // 3) % len(known)] if now in known else known[0]
-    rows = view[[0] * (2 + size),]
+    rows = view[[0] * count,]
     return replace(rows, ids_BS=ids_RS)
 
 

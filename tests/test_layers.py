@@ -23,6 +23,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"catalog", "runs"}),
     (4, {"errors"}),
     (4, {"training"}),
+    (4, {"allocator"}),
     (4, {"rehearsal"}),
     (4, {"picture", "summary", "plan", "probe"}),
     (4, {"cli"}),
