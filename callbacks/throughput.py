@@ -64,7 +64,7 @@ class Throughput(L.Callback):
         if self._peak:
             flops = self._flops * self._steps * trainer.accumulate_grad_batches
             recipe.log("speed/mfu", flops / self._seconds / self._peak)  # of one rank: all do the same
-        if self._step % trainer.log_every_n_steps == 0:
+        if trainer.log_every_n_steps and self._step % trainer.log_every_n_steps == 0:
             self._clear(self._step)
 
     def on_validation_start(self, *_: Any) -> None:

@@ -14,6 +14,8 @@ SECTIONS = ("model", "data", "trainer", "seed_everything")
 _TAIL = re.compile(
     r" - Expected a <class 'NoneType'>.*| Given value type: .*| - Not a valid sub.*| Subclass types .*| - Parser key .*"
 )
+_NULLABLE = re.compile(r"Expected an? (?:<class 'int'>|\S*Literal).* - Expected a <class 'NoneType'>")
+_GIVEN = re.compile(r"Given value: (.*?)(?: - Expected .*)?$")
 _IN_YAML = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _AS_OVERRIDE = re.compile(r"unrecognized arguments: --(\w+)\.([^=\s]+)")
 _TYPE = re.compile(r"<class '([^']+)'>|typing\.")
@@ -33,7 +35,10 @@ def sentence(error: BaseException) -> str:
     if "Errors: - " not in text and not text.startswith("Parser key "):
         return text
     key = _key(text)
-    reason = _TAIL.sub("", text.rsplit("Errors: - ", 1)[-1])
+    full = text.rsplit("Errors: - ", 1)[-1]
+    reason = _TAIL.sub("", full)
+    if _NULLABLE.match(full) and (given := _GIVEN.search(full)):
+        reason = f"{reason}. Got value: {given[1]}"  # of a key that may be null, which says it elsewhere
     if match := re.match(r"Problem with given class_path '([^']+)': (.*)", reason):
         path, reason = match.groups()
         if match := re.match(r"Option '([^']+)' is not accepted", reason):

@@ -235,6 +235,11 @@ class Recipe(L.LightningModule):
             config.vocab_size = len(self.tokenizer) + 1
             config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
             config.bos_token_id = None
+        elif (tokens := mask_token.free_row(self.tokenizer)) > config.vocab_size:
+            raise ValueError(
+                f"model.source: the tokenizer of {self.source_name} has {tokens} tokens and its embedding "
+                f"{config.vocab_size} rows; they do not belong together"
+            )
         if self.mask_token is None and not self._trained:
             config.vocab_size = max(config.vocab_size, self.mask_id + 1)
         return config

@@ -49,8 +49,12 @@ def create(recipe: str, folder: str | None) -> Path:
         run = parent / str(number)
     else:
         run = Path(folder).expanduser()
-        if run.is_file() or (run.is_dir() and any(run.iterdir())):
-            raise FileExistsError(f"--run {folder} already holds another run; resume it with `dlm resume {folder}`")
+        if run.is_file():
+            raise FileExistsError(f"--run {folder} is a file; name a folder")
+        if run.is_dir() and any(run.iterdir()):
+            if (run / CONFIG).is_file():
+                raise FileExistsError(f"--run {folder} already holds another run; resume it with `dlm resume {folder}`")
+            raise FileExistsError(f"--run {folder} already holds something else; name a new folder")
         run.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_VARIABLE] = str(run.resolve())
     return run.resolve()

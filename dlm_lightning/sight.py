@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import decoder_layers
-from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, attention_mask
+from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, attention_mask, sees
 
 LENGTHS = (9, 6)  # of two documents in one row
 BLOCK_SIZE = 4  # at most, so that a document has three blocks, the last one ragged
@@ -78,13 +78,15 @@ def check_readout(denoiser: Denoiser) -> float:
     view = probe_view(AUTOREGRESSIVE, denoiser.mask_id, denoiser.token_ids).to(device)
     view = view[:, : LENGTHS[0]]  # packing is ours alone
     keep_N = torch.arange(1, LENGTHS[0], device=device)
-    ours_NV = denoiser(view, keep_N)
-    own = network.config._attn_implementation
-    network.set_attn_implementation("eager")  # the one that every family has
+    own, predicate = network.config._attn_implementation, denoiser.predicate
     try:
+        denoiser.predicate = sees  # a recipe's own is not what transformers computes
+        ours_NV = denoiser(view, keep_N)
+        network.set_attn_implementation("eager")  # the one that every family has
         theirs_NV = network(input_ids=view.ids_BS, position_ids=view.position_BS, use_cache=False).logits[0, keep_N - 1]
     finally:
         network.set_attn_implementation(own)
+        denoiser.predicate = predicate
     known = denoiser.token_ids
     theirs_NV = theirs_NV[:, known].float()
     error = float((ours_NV[:, known] - theirs_NV).norm() / theirs_NV.norm())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import os
 import sys
 import warnings
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any
 
 import yaml
 from lightning import LightningDataModule
-from lightning.fabric.plugins.environments import SLURMEnvironment
+from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
@@ -68,9 +69,13 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.use_distributed_sampler must be false: the data module shares out its own stream")
     if cli.trainer.val_check_interval == 0:
         raise ValueError("trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out")
+    if cli.config.trainer.max_time:
+        raise ValueError("trainer.max_time must be null: a run's length is its max_steps; SIGUSR1 stops it earlier")
+    environment = cli.trainer._accelerator_connector.cluster_environment
+    if isinstance(environment, LightningEnvironment) and cli.trainer.num_nodes > 1 and "NODE_RANK" not in os.environ:
+        raise ValueError(f"trainer.num_nodes={cli.trainer.num_nodes} needs a launcher on each node: torchrun, or SLURM")
     if isinstance(cli.trainer.strategy.launcher, _MultiProcessingLauncher):
         raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
-    environment = cli.trainer._accelerator_connector.cluster_environment
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
     return cli
@@ -176,7 +181,9 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
         if cli.model.validated_step < trainer.global_step:
             trainer.validate(cli.model, cli.datamodule, verbose=False)
     except SystemExit as stop:  # Checkpoints' answer to SIGUSR1, Lightning's to SIGINT, and without a code to SIGTERM
-        onward = f" at step {trainer.global_step}; go on with `dlm resume {trainer.default_root_dir}`"
+        kept = checkpoint.newest(Path(trainer.default_root_dir))
+        since = f"step {checkpoint.read(kept)['global_step']}" if kept else "the beginning"
+        onward = f" at step {trainer.global_step}; `dlm resume {trainer.default_root_dir}` goes on from {since}"
         if runs.is_first_process():
             print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
         if stop.code == interruption.EXIT_CODE:
@@ -200,6 +207,11 @@ def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:
     if not recipe.pretrained:
         verdict = (
             "normal for random weights: about ln V" if loss < guess + 1 else "high: random weights start near ln V"
+        )
+    elif metrics["val/ar_nll"] >= unigram:
+        verdict = (
+            "doubtful: the source itself reads this text no better than word frequencies; are its weights trained, and "
+            "is the tokenizer its own?"
         )
     elif loss < unigram:
         verdict = "normal: the source already reads this pattern better than word frequencies"

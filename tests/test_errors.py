@@ -204,7 +204,11 @@ def source(source_folder, tmp_path) -> Path:
             {"weight_map": {"lm_head.weight": "model-00001-of-00002.safetensors"}},
             "model.source: {} lacks model-00001-of-00002.safetensors",
         ),
-        ("config.json", {"model_type": "qwen33"}, "model type `qwen33`"),
+        (
+            "config.json",
+            {"model_type": "qwen33"},
+            "{} is of model_type qwen33, which transformers",
+        ),
         ("config.json", "{", "{}/config.json"),
         ("model.safetensors", "short", "model.source: {}/model.safetensors is damaged"),
         ("tokenizer.json", None, "model.source: {} holds no tokenizer"),
@@ -232,3 +236,14 @@ def test_a_damaged_source(file, content, says, refused, small, source):
 )
 def test_other_errors_say_what_they_say_in_one_line(error, says):
     assert sentence(error) == says
+
+
+@pytest.mark.parametrize(
+    ("word", "says"),
+    [
+        ("trainer.max_time=00:01:00:00", "trainer.max_time must be null: a run's length is its max_steps"),
+        ("trainer.num_nodes=2", "trainer.num_nodes=2 needs a launcher on each node: torchrun, or SLURM"),
+    ],
+)
+def test_what_would_end_early_or_wait_for_ever(word, says, refused, small, tmp_path):
+    assert refused("fit", "block_causal", *small(), word, cwd=tmp_path).startswith(says)

@@ -100,7 +100,7 @@ def test_two_ranks_stop_together_and_resume_to_the_losses_of_one(strategy, torch
     two = words(data__batch_size=2, trainer__devices=2, trainer__strategy=strategy)
     done = torchrun(2, "fit", "block_causal", *two, "--run", "two")
     assert "exitcode  : 75" in done.stderr, "torchrun's own exit code is 1 whatever happened"
-    assert done.stderr.count(f"dlm: stopped at step 4; go on with `dlm resume {tmp_path / 'two'}`") == 1
+    assert done.stderr.count(f"dlm: stopped at step 4; `dlm resume {tmp_path / 'two'}` goes on from step 4") == 1
     assert checkpoints(tmp_path / "two") == ["step=4.ckpt"]
     done = torchrun(2, "resume", "two", SPARE="1")
     assert done.returncode == 0, done.stderr
@@ -225,7 +225,10 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, words: Callable, tmp_path: Path
 def test_a_step_of_several_micro_batches_is_finished_first(interrupted, tmp_path):
     more = {"data__batch_size": 2, "trainer__accumulate_grad_batches": 2, "trainer__val_check_interval": 8}
     said = interrupted(2, **more)
-    assert (said.code, said.err) == (75, f"dlm: stopped at step 3; go on with `dlm resume {tmp_path / 'run'}`\n")
+    assert (said.code, said.err) == (
+        75,
+        f"dlm: stopped at step 3; `dlm resume {tmp_path / 'run'}` goes on from step 3\n",
+    )
     assert checkpoints(tmp_path / "run") == ["step=3.ckpt"]
     assert len(losses(tmp_path / "run")) == 3
 

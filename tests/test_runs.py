@@ -97,3 +97,13 @@ def test_a_folder_without_config_or_origin_is_no_run(missing, tmp_path):
     (tmp_path / missing).unlink()
     with pytest.raises(FileNotFoundError, match="is not a run folder"):
         runs.open_run(str(tmp_path))
+
+
+def test_a_file_and_a_folder_of_other_things_are_no_runs_to_resume(tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "thing").touch()
+    with pytest.raises(FileExistsError, match="--run file is a file; name a folder"):
+        runs.create("mine", "file")
+    with pytest.raises(FileExistsError, match="--run folder already holds something else; name a new folder"):
+        runs.create("mine", "folder")

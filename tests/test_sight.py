@@ -72,7 +72,10 @@ def test_a_single_pair_is_enough(does, says, make_denoiser, monkeypatch):
 
 
 def test_a_predicate_of_ones_own_is_held_to_itself(make_denoiser):
-    check_sight(make_denoiser(predicate=leaky), Pattern(2))
+    denoiser = make_denoiser(predicate=leaky)
+    check_sight(denoiser, Pattern(2))
+    check_readout(denoiser)  # of the network, whatever the recipe shows it
+    assert denoiser.predicate is leaky
 
 
 @pytest.mark.parametrize("how", ["bfloat16", "adapters", "activation checkpointing"])

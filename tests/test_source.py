@@ -12,6 +12,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning.errors import sentence
+from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.source import Source, build, build_config, decoder_layers, locate
 
 INDEX = "model.safetensors.index.json"
@@ -276,6 +277,12 @@ def test_layers_are_found_whatever_the_family_calls_them(family, source_folder):
 
 
 # What a folder says
+
+
+def test_a_tokenizer_with_more_tokens_than_rows_is_anothers(source_folder):
+    """Its last tokens would train from the mean of all rows without a word."""
+    with pytest.raises(ValueError, match=r"the tokenizer of .* has 300 tokens and its embedding 290 rows; they do not"):
+        BlockCausal(source=str(source_folder(rows=290))).configure_model()
 
 
 @pytest.mark.parametrize(

@@ -58,6 +58,12 @@ def test_a_source_that_is_a_diffusion_model_has_seen_the_mask_token(loss, word):
     assert "never seen" not in verdict(loss, diffusion="stated")
 
 
+@pytest.mark.parametrize("ar_nll", [UNIGRAM, GUESS, math.inf])
+def test_a_source_that_does_not_read_the_text_is_doubtful_whatever_the_loss(ar_nll):
+    for loss in (0.5, GUESS, 100.0):
+        assert verdict(loss, ar_nll=ar_nll).startswith("doubtful: the source itself reads this text no better")
+
+
 @pytest.mark.parametrize("loss, word", [(GUESS, "normal"), (GUESS + 0.99, "normal"), (GUESS + 1.01, "high")])
 def test_random_weights_start_near_a_uniform_guess(loss, word):
     assert verdict(loss, pretrained=False).startswith(f"{word}") and "random weights" in verdict(loss, pretrained=False)

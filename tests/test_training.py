@@ -239,7 +239,7 @@ def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path
     path = {"PYTHONPATH": str(tmp_path)}
     done = dlm("fit", "block_causal", *words, "--run", "run", cwd=tmp_path, env=path, fails=True)
     assert done.returncode == code
-    assert f"go on with `dlm resume {tmp_path / 'run'}`" in done.stderr
+    assert f"`dlm resume {tmp_path / 'run'}` goes on from " in done.stderr
 
 
 def test_accumulation_gives_the_losses_of_one_large_batch(dlm, small, tmp_path):
