@@ -1,7 +1,7 @@
 """Whether a real network does what its views say: one token is changed at a time; what moves is compared with `sees`.
 
-Shapes: S tokens of the probed row, R rows (the row itself, the same again, and one per changed token), D hidden size,
-N tokens whose logits are compared, V vocabulary.
+Shapes: S tokens of the probed row, R rows of one batch or of all, D hidden size, N tokens whose logits are compared,
+V vocabulary.
 """
 
 from __future__ import annotations
@@ -52,10 +52,10 @@ def check_sight(denoiser: Denoiser, pattern: Pattern) -> int:
     reach_SS = torch.eye(len(widest_SS), dtype=torch.bool, device=device)
     for depth, hidden_RSD in enumerate(states):
         reach_SS = reach_SS | (widest_SS.float() @ reach_SS.float() > 0)
-        moved_SS = (
-            (hidden_RSD[2 : 2 + len(reach_SS)] - hidden_RSD[0]).abs().amax(-1).T
-        )  # of each token, by each changed token
-        noise = (hidden_RSD[1] - hidden_RSD[0]).abs().max()
+        base_RSD, again_RSD, *changed = hidden_RSD.split(ROWS)  # the same place of a batch rounds alike
+        change_RSD = torch.cat([batch_RSD - base_RSD for batch_RSD in changed])[: len(reach_SS)]
+        moved_SS = change_RSD.abs().amax(-1).T  # of each token, by each changed token
+        noise = (again_RSD - base_RSD).abs().max()
         leaks_SS = (moved_SS > 10 * noise + 1e-6 * hidden_RSD.abs().max()) & ~reach_SS
         blind_SS = (moved_SS <= noise) & narrowest_SS if depth == 0 else torch.zeros_like(leaks_SS)
         for wrong_SS, moves, sight in ((leaks_SS, "moves", "does not see"), (blind_SS, "does not move", "sees")):
@@ -99,15 +99,15 @@ def check_readout(denoiser: Denoiser) -> float:
 
 
 def _changed(view: View, denoiser: Denoiser) -> View:
-    """The row, the same again, the row with each of its tokens changed in turn, the row up to whole ROWS: [R, S]."""
+    """Two batches of the row as it is, then the row with each token changed in turn, up to whole batches: [R, S]."""
     size, known = view.ids_BS.shape[1], denoiser.token_ids
-    count = -(-(2 + size) // ROWS) * ROWS  # the last ones pass in as large a batch as the rest, which rounds alike
+    count = 2 * ROWS + -(-size // ROWS) * ROWS
     ids_RS = view.ids_BS.repeat(count, 1)
     for n in range(size):
         now = int(ids_RS[0, n])
-        ids_RS[2 + n, n] = known[(known.index(now) + len(known) // 3) % len(known)] if now in known else known[0]
-    rows = view[[0] * count,]
-    return replace(rows, ids_BS=ids_RS)
+        other = known[(known.index(now) + len(known) // 3) % len(known)] if now in known else known[0]
+        ids_RS[2 * ROWS + n, n] = other
+    return replace(view[[0] * count,], ids_BS=ids_RS)
 
 
 def _states(denoiser: Denoiser, view: View) -> tuple[list[Tensor], set[int | None]]:

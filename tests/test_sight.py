@@ -111,6 +111,18 @@ def test_logits_that_are_scaled_out_of_sight_are_noticed(make_denoiser):
         check_readout(denoiser)
 
 
+def test_rounding_by_the_place_in_a_batch_moves_nothing(make_denoiser):
+    """Kernels may round the rows of a batch differently; wide and deep networks make much of it."""
+    denoiser = make_denoiser()
+
+    def rounded(_module, _args, output):
+        return output * (1 + 1e-3 * torch.arange(len(output))[:, None, None])
+
+    denoiser.network.get_input_embeddings().register_forward_hook(rounded)
+    for pattern in PATTERNS:
+        check_sight(denoiser, pattern)
+
+
 def test_the_row_has_blocks_ragged_ends_and_two_documents():
     view = probe_view(Pattern(64, "clean"), 300, list(range(100)))
     copies = view.copy_BS[0].unique().tolist()
