@@ -116,11 +116,13 @@ class TokenData(L.LightningDataModule):
     def report(self) -> list[str]:
         """What the run trains on, in a few lines."""
         first = report.marked(self.rows["train"][self.order.draw(0).index], self.tokenizer)
+        train, val = self.tallies["train"], self.tallies["val"]
         return [
-            f"data: {report.size(self.tallies['train'], len(self.rows['train']), self.row_length)}; "
+            f"data: {report.size(train, len(self.rows['train']), self.row_length)}; "
             f"{report.vocabulary(self.counts_V, len(self.tokenizer))}",
-            f"  {report.lengths(self.tallies['train'], self.positions)}",
-            f"  validation: {report.size(self.tallies['val'], len(self.rows['val']), self.row_length)}",
+            f"  {report.lengths(train, self.positions)}",
+            f"  validation: {report.size(val, len(self.rows['val']), self.row_length)}; "
+            f"{val.tokens / (train.tokens + val.tokens):.1%} of all tokens",
             f"  first sample, what may be masked in {report.OPEN} {report.CLOSE}: {first}",
         ]
 
