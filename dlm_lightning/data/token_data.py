@@ -80,8 +80,8 @@ class TokenData(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        least = {"row_length": (row_length, 2), "batch_size": (batch_size, 1), "val_rows": (val_rows, 1)}
-        for name, (value, minimum) in least.items():  # a row of one token has nothing to mask
+        least = [("row_length", row_length, 2), ("batch_size", batch_size, 1)]  # one token has nothing to mask
+        for name, value, minimum in [*least, ("val_rows", val_rows, 1), ("num_workers", num_workers, 0)]:
             if value is not None and value < minimum:
                 raise ValueError(f"data.{name} must be at least {minimum}, not {value}")
         self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows

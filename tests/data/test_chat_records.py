@@ -149,6 +149,20 @@ def test_a_model_without_a_source_is_refused(attach, make_chat):
         data.prepare_data()
 
 
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.parquet", b"no table", "a.parquet cannot be read: Parquet magic bytes not found"),
+        ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.json", json.dumps(CHATS).encode(), "a.json holds a JSON array; expected are JSON lines"),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_named_by_a_run(make_chat, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{sentence}"):
+        make_chat(paths=[str(tmp_path / name)], skip_malformed=True).prepare_data()
+
+
 # An epoch
 
 
