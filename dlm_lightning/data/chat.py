@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import logging
 import os
+import reprlib
 from collections.abc import Iterator
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,7 +23,7 @@ from dlm_lightning.data.token_data import Span, Split, TokenData
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".parquet")  # of a folder's files
-SHOWN = 5  # malformed records that a report names
+SHOWN = 5  # reasons that a report of malformed records gives
 
 
 class Chat(TokenData):
@@ -82,21 +84,22 @@ class Chat(TokenData):
 
     def texts(self, split: Split) -> Iterator[list[Span]]:
         """The conversations of a split in the order of their files; all malformed records are told of at the end."""
-        malformed: list[str] = []
+        malformed: dict[str, list[str]] = {}  # places by reason
         count = 0
         for place, record in self._records(split):
             try:
                 spans = self._spans(conversations.messages(record, self.prompt_key, self.response_key))
             except Malformed as error:
-                malformed.append(f"{place} {error}")
+                malformed.setdefault(str(error), []).append(place)
                 continue
             kept = for_validation(count, self.val_share, phase=1 - self.val_share)  # the first, however few there are
             if self.val_paths or kept == (split == "val"):
                 yield spans
             count += 1
         if malformed:
-            shown = [*malformed[:SHOWN], *["…"] * (len(malformed) > SHOWN)]
-            report = f"data: {len(malformed)} of {count + len(malformed)} records are malformed: {'; '.join(shown)}"
+            report = _report(malformed, count)
+            if not count:
+                raise ValueError(report)
             if not self.skip_malformed:
                 raise ValueError(f"{report}; data.skip_malformed=true leaves them out")
             if self.val_paths or split == "train":  # otherwise both splits are read from the same files
@@ -182,6 +185,11 @@ class Chat(TokenData):
             answered = whole if n == answers[-1] else self._render(messages[: n + 1])
             if not whole.startswith(answered) or not answered.startswith(prompt) or len(prompt) < done:
                 raise ValueError(self._why_not(messages[: answers[-1]], whole))
+            if not _holds(answered[len(prompt) :], messages[n]["content"]):
+                raise ValueError(
+                    "data.chat_template must be a template as text or a .jinja file that renders what is answered; "
+                    f"{reprlib.repr(self._template)} leaves out an answer's text"
+                )
             stop = max(len(prompt), self._end(answered))
             spans += [Span(whole[done : len(prompt)], maskable=False), Span(whole[len(prompt) : stop])]
             done = stop
@@ -227,3 +235,19 @@ class Chat(TokenData):
         if self.tail == "mask":
             counts[self._fill_id : self._fill_id + 1] = 0
         return counts
+
+
+def _holds(rendered: str, answer: str) -> bool:
+    """Whether an answer's text is there, whatever a template does to its white space and to a thought before it."""
+    return "".join(answer.rpartition("</think>")[2].split()) in "".join(rendered.split())
+
+
+def _report(malformed: dict[str, list[str]], others: int) -> str:
+    """How many records are malformed, and by the first few reasons where the first one is and how many more are."""
+    count = sum(map(len, malformed.values()))
+    shown = [
+        f"{first} {reason}" + f" (and {len(more):,} more)" * bool(more)
+        for reason, (first, *more) in islice(malformed.items(), SHOWN)
+    ]
+    cut = ["…"] * (len(malformed) > SHOWN)
+    return f"data: {count} of {count + others} records are malformed: {'; '.join([*shown, *cut])}"

@@ -21,7 +21,11 @@ def messages(record: Any, prompt_key: str, response_key: str) -> list[Message]:
     if key is None:
         pair = [record.get(prompt_key), record.get(response_key)]
         if None in pair:
-            raise Malformed(f"has neither messages nor conversations nor {prompt_key} and {response_key}")
+            have = ", ".join(key for key, value in record.items() if value is not None) or "nothing"
+            raise Malformed(
+                f"has neither messages nor conversations nor {prompt_key} and {response_key} "
+                f"(data.prompt_key and data.response_key); it has {have}"
+            )
         turns: Any = [{"role": role, "content": said} for role, said in zip(("user", "assistant"), pair, strict=True)]
     else:
         turns = record[key]

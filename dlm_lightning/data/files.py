@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from itertools import takewhile
 from pathlib import PurePosixPath
 from typing import IO, Any, NamedTuple
@@ -29,10 +30,18 @@ class File(NamedTuple):
         """What to call it in a message: a local path or a URL."""
         return self.path if isinstance(self.system, LocalFileSystem) else self.system.unstrip_protocol(self.path)
 
-    def open(self, mode: str = "r") -> IO[Any]:
-        """Open it for reading, decompressed; undecodable bytes of a text are replaced."""
+    @contextmanager
+    def open(self, mode: str = "r") -> Iterator[IO[Any]]:
+        """Open it for reading, decompressed; undecodable bytes of a text are replaced.
+
+        Raises ValueError, naming the file, for whatever fails until it is closed.
+        """
         text = {} if "b" in mode else {"encoding": "utf-8", "errors": "replace"}
-        return self.system.open(self.path, mode, compression="infer", **text)
+        try:
+            with self.system.open(self.path, mode, compression="infer", **text) as content:
+                yield content
+        except Exception as error:  # each file system, compression and format has its own
+            raise ValueError(f"{self.url} cannot be read: {error or type(error).__name__}") from error
 
     def version(self) -> str:
         """A text that changes with the content: of a local file its size and a hash of its beginning, middle and end
@@ -85,10 +94,16 @@ def find(key: str, paths: Sequence[str], suffixes: Sequence[str]) -> list[File]:
 def train_and_val(
     paths: Sequence[str], val_paths: Sequence[str] | None, suffixes: Sequence[str]
 ) -> tuple[list[File], list[File]]:
-    """The files of `data.paths` that are none of `data.val_paths`, and those; see `find`."""
-    val = find("data.val_paths", val_paths or [], suffixes)
+    """The files of `data.paths` that are none of `data.val_paths`, and those; see `find`.
+
+    Raises ValueError if none is left of `data.paths`.
+    """
+    found, val = find("data.paths", paths, suffixes), find("data.val_paths", val_paths or [], suffixes)
     apart = {file.url for file in val}
-    return [file for file in find("data.paths", paths, suffixes) if file.url not in apart], val
+    train = [file for file in found if file.url not in apart]
+    if found and not train:
+        raise ValueError("data.val_paths keeps all files of data.paths for validation, so there is none to train on")
+    return train, val
 
 
 def versions(train: Sequence[File], val: Sequence[File]) -> list[str]:

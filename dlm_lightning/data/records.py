@@ -7,7 +7,6 @@ import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dlm_lightning.data.files import File, suffix
@@ -27,19 +26,29 @@ def of_records(file: File) -> bool:
 def read(file: File, keys: Sequence[str]) -> Iterator[tuple[str, Any]]:
     """(`file:3`, record) of each row of a Parquet file, or of each line of another that is not blank, as bytes.
 
-    Of a Parquet file only the columns of these keys are read, where it has any. Raises ValueError if it is none.
+    Of a Parquet file only the columns of these keys are read, where it has any. Raises ValueError for a file that is
+    not what its suffix says, or one JSON array.
     """
+    if suffix(file.name) in PARQUET:
+        yield from placed(file.url, _rows(file, keys))
+        return
+    lines = ((place, line) for place, line in placed(file.url, _lines(file)) if line)
+    for number, (place, line) in enumerate(lines):
+        if number == 0 and line.startswith(b"["):
+            raise ValueError(f"{file.url} holds a JSON array; expected are JSON lines, each a record")
+        yield place, line
+
+
+def _rows(file: File, keys: Sequence[str]) -> Iterator[dict[str, Any]]:
     with file.open("rb") as content:
-        if suffix(file.name) not in PARQUET:
-            lines = (line.strip() for line in content)
-            yield from ((place, line) for place, line in placed(file.url, lines) if line)
-            return
-        try:
-            table = pq.ParquetFile(content)
-        except pa.ArrowException as error:
-            raise ValueError(f"{file.url} is not a Parquet file: {error}") from error
+        table = pq.ParquetFile(content)
         columns = [key for key in keys if key in table.schema_arrow.names] or None
-        yield from placed(file.url, (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist()))
+        yield from (row for batch in table.iter_batches(columns=columns) for row in batch.to_pylist())
+
+
+def _lines(file: File) -> Iterator[bytes]:
+    with file.open("rb") as content:
+        yield from (line.strip() for line in content)
 
 
 def placed(name: str, records: Iterable[Any]) -> Iterator[tuple[str, Any]]:

@@ -19,7 +19,7 @@ NOT_LIBRARY = {*TESTS, *GENERATED, "site-packages", "dist-packages", "__pycache_
 
 
 class TextFiles(TokenData):
-    """Text files, split by file, and the records of .jsonl and .parquet files, split by record.
+    """Text files, split by file, or a single one by place, and records of .jsonl and .parquet files, split by record.
 
     Args:
         paths: files, folders, globs or URLs (`s3://`, `gs://`, `https://`, …); null takes the Python standard library's
@@ -28,7 +28,7 @@ class TextFiles(TokenData):
         suffixes: which files of a folder are read; a suffix of compression, such as .gz, may follow.
         text_key: the column of a record that holds its text.
         val_share: without `val_paths`, the share that is kept for validation: of text files by a hash of their names,
-            of each file's records evenly spread.
+            of a single one its end, of each file's records evenly spread.
         **options: see `TokenData`.
     """
 
@@ -50,21 +50,17 @@ class TextFiles(TokenData):
     def files(self) -> tuple[list[File], list[File]]:
         """The files of `paths` and of `val_paths`, sorted by their names below the folder that holds them all.
 
-        Raises FileNotFoundError for a path that matches nothing, and ValueError if they cannot be split.
+        Raises FileNotFoundError for a path that matches nothing, and ValueError if there is none to train on.
         """
         files, val = train_and_val(_library() if self.paths is None else self.paths, self.val_paths, self.suffixes)
-        if self.val_paths is None and len(files) < 2 and not any(map(of_records, files)):
-            raise ValueError(
-                f"data.paths: {', '.join(self.paths or [])} must hold at least two files "
-                f"({' '.join(self.suffixes)}), one to train on and one for validation, or one of records, "
-                f"not {len(files)}"
-            )
+        if not files:
+            raise ValueError("data.paths must name what to train on; data.val_paths names what to validate on")
         return files, val
 
     def texts(self, split: Split) -> Iterator[list[Span]]:
         """The documents of a split that are not empty, files in the order of a hash of their names."""
         for file in self._split()[split]:
-            for text in self._records(file, split) if of_records(file) else [_whole(file)]:
+            for text in self._texts(file, split):
                 if text:
                     yield [Span(text)]
 
@@ -78,10 +74,35 @@ class TextFiles(TokenData):
         files, val = (sorted(files, key=_hash) for files in self.files)
         if self.val_paths is not None:
             return {"val": val, "train": files}
+        if len(files) == 1:
+            return {"val": files, "train": files}
         records = [file for file in files if of_records(file)]
         whole = [file for file in files if not of_records(file)]
         kept = max(0, min(max(1, round(len(whole) * self.val_share)), len(whole) - 1))
         return {"val": whole[:kept] + records, "train": whole[kept:] + records}
+
+    def _texts(self, file: File, split: Split) -> Iterator[str]:
+        """A file's texts of a split."""
+        if of_records(file):
+            yield from self._records(file, split)
+        elif self.val_paths is None and len(self.files[0]) == 1:
+            text = _whole(file)
+            start = self._val_start(file, text)
+            yield text[:start] if split == "train" else text[start:]
+        else:
+            yield _whole(file)
+
+    def _val_start(self, file: File, text: str) -> int:
+        """Where the end of a single text begins: at the start of a line, at its share of the text or before that."""
+        first, last = len(text) - len(text.lstrip()), len(text.rstrip()) - 1
+        wanted = min(round(len(text) * (1 - self.val_share)), last)
+        line_break = max(text.rfind("\n", first, wanted), text.find("\n", first, last))
+        if line_break < 0:
+            raise ValueError(
+                f"data.paths: {file.url} has fewer than two lines of text, so none can be kept for validation; "
+                "data.val_paths can name what to validate on"
+            )
+        return line_break + 1
 
     def _records(self, file: File, split: Split) -> Iterator[str]:
         """A file's records of a split."""

@@ -80,8 +80,8 @@ class TokenData(L.LightningDataModule):
         cache_dir: str | None = None,
     ) -> None:
         super().__init__()
-        least = {"row_length": (row_length, 2), "batch_size": (batch_size, 1), "val_rows": (val_rows, 1)}
-        for name, (value, minimum) in least.items():  # a row of one token has nothing to mask
+        least = [("row_length", row_length, 2), ("batch_size", batch_size, 1)]  # one token has nothing to mask
+        for name, value, minimum in [*least, ("val_rows", val_rows, 1), ("num_workers", num_workers, 0)]:
             if value is not None and value < minimum:
                 raise ValueError(f"data.{name} must be at least {minimum}, not {value}")
         self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows
@@ -116,11 +116,13 @@ class TokenData(L.LightningDataModule):
     def report(self) -> list[str]:
         """What the run trains on, in a few lines."""
         first = report.marked(self.rows["train"][self.order.draw(0).index], self.tokenizer)
+        train, val = self.tallies["train"], self.tallies["val"]
         return [
-            f"data: {report.size(self.tallies['train'], len(self.rows['train']), self.row_length)}; "
+            f"data: {report.size(train, len(self.rows['train']), self.row_length)}; "
             f"{report.vocabulary(self.counts_V, len(self.tokenizer))}",
-            f"  {report.lengths(self.tallies['train'], self.positions)}",
-            f"  validation: {report.size(self.tallies['val'], len(self.rows['val']), self.row_length)}",
+            f"  {report.lengths(train, self.positions)}",
+            f"  validation: {report.size(val, len(self.rows['val']), self.row_length)}; "
+            f"{val.tokens / (train.tokens + val.tokens):.1%} of all tokens",
             f"  first sample, what may be masked in {report.OPEN} {report.CLOSE}: {first}",
         ]
 

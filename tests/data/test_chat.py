@@ -129,6 +129,27 @@ def test_a_template_that_cannot_be_had_is_refused(make_chat, template, sentence)
         pieces(make_chat([said("a", "b")], chat_template=template, skip_malformed=True))
 
 
+NAMELESS = "{% for m in messages %}<{{ m.role }}>{{ m.text }}{% endfor %}"  # asks for a key that no message has
+
+
+@pytest.mark.parametrize("turns", ["all", "last"])
+@pytest.mark.parametrize("template", ["chatml", NAMELESS])
+def test_a_template_that_does_not_render_the_answers_is_refused(make_chat, template, turns):
+    sentence = r"^data.chat_template must be a template .*; '(chatml|{% for.*)' leaves out an answer's text$"
+    with pytest.raises(ValueError, match=sentence):
+        pieces(make_chat([said("a", "b")], chat_template=template, turns=turns, skip_malformed=True))
+    assert pieces(make_chat([said("a", " ")], chat_template=NAMELESS))  # an empty answer proves nothing
+
+
+def test_a_template_may_change_white_space_and_take_thoughts_apart(make_chat):
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content.split('</think>')[-1] | trim | replace('\n', '  ') }};"
+        "{% endfor %}{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    [spans] = pieces(make_chat([said("a", "<think>\nhm\n</think>\n\nso\nthere ")], chat_template=template))
+    assert spans == [("<user>a;<assistant>", False), ("so  there;", True)]
+
+
 # How a conversation ends
 
 

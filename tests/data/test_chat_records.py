@@ -80,8 +80,27 @@ def test_malformed_records_are_counted_and_named(make_chat, tmp_path):
         pieces(make_chat([said("a", "b"), *BAD, said("c", "d")]))
     sentence = str(caught.value)
     assert sentence.startswith(f"data: 6 of 8 records are malformed: {file}:2 is not JSON: ")
-    assert f"; {file}:4 has no answer: no turn of the assistant after another turn; {file}:5 has no answer" in sentence
-    assert f"{file}:7" not in sentence and sentence.endswith("; …; data.skip_malformed=true leaves them out")
+    assert f"; {file}:4 has no answer: no turn of the assistant after another turn (and 1 more); {file}:6 " in sentence
+    assert f"{file}:5" not in sentence and sentence.endswith("; data.skip_malformed=true leaves them out")
+
+
+def test_of_many_reasons_the_first_few_are_told(make_chat):
+    with pytest.raises(ValueError, match=r":1 has .* it has k0; .*:5 has [^;]*; it has k4; …; data.skip_malformed"):
+        pieces(make_chat([*({f"k{n}": 1} for n in range(7)), said("a", "b")]))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_when_all_are_malformed_leaving_them_out_is_no_way(make_chat, skip):
+    """Questions and answers under keys of their own, the shape of many sets."""
+    records = [{"question": f"q{n}", "answer": f"{n}"} for n in range(1001)]
+    with pytest.raises(ValueError) as caught:
+        pieces(make_chat(records, skip_malformed=skip))
+    sentence = str(caught.value)
+    assert sentence.startswith("data: 1001 of 1001 records are malformed: ")
+    assert sentence.count("has neither") == 1 and sentence.endswith(
+        "prompt and response (data.prompt_key and data.response_key); it has question, answer (and 1,000 more)"
+    )
+    assert pieces(make_chat(records, prompt_key="question", response_key="answer"))
 
 
 def test_malformed_records_are_left_out_if_asked(make_chat, caplog):
@@ -91,7 +110,7 @@ def test_malformed_records_are_left_out_if_asked(make_chat, caplog):
     assert sorted(answers) == ["b<|im_end|>", "d<|im_end|>"]
     [record] = caplog.records
     assert record.getMessage().startswith("data: 6 of 8 records are malformed: ")
-    assert record.getMessage().endswith("; …; they are left out")
+    assert record.getMessage().endswith("; they are left out")
 
 
 @pytest.mark.parametrize(
@@ -128,6 +147,20 @@ def test_a_model_without_a_source_is_refused(attach, make_chat):
     data.trainer.lightning_module.source = None
     with pytest.raises(ValueError, match=r"^data: chats need model.source"):
         data.prepare_data()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "sentence"),
+    [
+        ("a.parquet", b"no table", "a.parquet cannot be read: Parquet magic bytes not found"),
+        ("a.jsonl.gz", b"{}", "a.jsonl.gz cannot be read: Not a gzipped file"),
+        ("a.json", json.dumps(CHATS).encode(), "a.json holds a JSON array; expected are JSON lines"),
+    ],
+)
+def test_a_file_that_is_not_what_it_seems_is_named_by_a_run(make_chat, tmp_path, name, content, sentence):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=f"^{tmp_path}/{sentence}"):
+        make_chat(paths=[str(tmp_path / name)], skip_malformed=True).prepare_data()
 
 
 # An epoch

@@ -127,6 +127,32 @@ def test_what_is_for_validation_is_not_for_training(folder):
     assert [len(files) for files in train_and_val([str(folder)], None, (".txt", ".md"))] == [4, 0]
 
 
+def test_files_all_kept_for_validation_leave_nothing_to_train_on(folder):
+    for val_paths in ([folder], [folder / "b", folder / "a"]):
+        with pytest.raises(ValueError, match=r"^data.val_paths keeps all files of data.paths for validation, so"):
+            train_and_val([str(folder)], list(map(str, val_paths)), (".txt", ".md"))
+    assert train_and_val([], [str(folder)], (".txt", ".md"))[0] == []  # of a hub set there are no paths
+
+
+DAMAGED = {  # name: (content, what the reader says)
+    "a.txt.gz": (b"plain", "Not a gzipped file"),
+    "cut.txt.gz": (gzip.compress(b"three" * 999)[:-9], "Compressed file ended before"),
+    "a.txt.bz2": (b"plain", "Invalid data stream"),
+    "a.txt.xz": (b"plain", "Input format not supported"),
+    "a.txt.zip": (b"plain", "File is not a zip file"),
+}
+
+
+@pytest.mark.parametrize("mode", ["r", "rb"])
+@pytest.mark.parametrize("name", DAMAGED)
+def test_a_damaged_file_is_named(folder, name, mode):
+    content, says = DAMAGED[name]
+    (folder / name).write_bytes(content)
+    [file] = look_up(folder / name)
+    with pytest.raises(ValueError, match=rf"^{folder}/{name} cannot be read: {says}"), file.open(mode) as opened:
+        opened.read()
+
+
 def test_a_file_system_that_is_not_installed_is_named(monkeypatch):
     missing = {"class": "not_installed.FileSystem", "err": "Install s3fs to access S3"}
     monkeypatch.setitem(known_implementations, "bucket", missing)

@@ -100,7 +100,24 @@ def test_a_line_that_is_not_utf_8_is_named(tmp_path):
 def test_a_file_that_is_no_parquet_is_named(tmp_path):
     (tmp_path / "a.parquet").write_text("not a table")
     [file] = find("data.paths", [str(tmp_path / "a.parquet")], ())
-    with pytest.raises(ValueError, match=r"a.parquet is not a Parquet file"):
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read: Parquet magic bytes not found"):
+        list(texts(file, "text"))
+
+
+def test_a_parquet_file_that_is_damaged_in_its_middle_is_named(tmp_path):
+    file = write(tmp_path / "a.parquet", [{"text": f"{n} " * 99} for n in range(99)])
+    content = bytearray((tmp_path / "a.parquet").read_bytes())
+    content[999:2999] = b"\xff" * 2000
+    (tmp_path / "a.parquet").write_bytes(content)
+    with pytest.raises(ValueError, match=r"a.parquet cannot be read: "):
+        list(texts(file, "text"))
+
+
+@pytest.mark.parametrize("indent", [None, 2])
+def test_a_json_array_is_told_from_json_lines(tmp_path, indent):
+    (tmp_path / "a.json").write_text("\n" + json.dumps(RECORDS, indent=indent))
+    [file] = find("data.paths", [str(tmp_path / "a.json")], ())
+    with pytest.raises(ValueError, match=r"a.json holds a JSON array; expected are JSON lines, each a record$"):
         list(texts(file, "text"))
 
 

@@ -36,7 +36,7 @@ def test_the_lines_by_hand(given, ready, said):
         "  lengths in tokens: median 3, 95th percentile 10, longest 10; 16.7% of the documents are cut at a row's end, "
         "16.7% left out with nothing to mask"
     )
-    assert validation == "  validation: 1 documents, 3 tokens in 1 rows of 8, 37.5% full"
+    assert validation == "  validation: 1 documents, 3 tokens in 1 rows of 8, 37.5% full; 12.5% of all tokens"
     assert sample.startswith("  first sample, what may be masked in ⟦ ⟧: ")
 
 

@@ -136,12 +136,11 @@ def test_a_path_that_matches_nothing_is_named(folder, missing):
         _ = TextFiles([str(folder), str(folder / missing)]).files
 
 
-@pytest.mark.parametrize(("paths", "found"), [(["a/0.txt"], 1), ([], 0)])
-def test_fewer_than_two_files_are_refused(folder, paths, found):
-    with pytest.raises(
-        ValueError, match=rf"data.paths: .* must hold at least two files \(.py .*\), .* or one of records, not {found}$"
-    ):
-        _ = TextFiles([str(folder / path) for path in paths]).files
+@pytest.mark.parametrize("val_paths", [None, ["a"]])
+def test_no_paths_are_refused(folder, monkeypatch, val_paths):
+    monkeypatch.chdir(folder)
+    with pytest.raises(ValueError, match=r"^data.paths must name what to train on; data.val_paths names"):
+        _ = TextFiles([], val_paths=val_paths).files
 
 
 @pytest.mark.parametrize("share", [0, 1, -0.1])

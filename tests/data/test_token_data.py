@@ -287,7 +287,10 @@ def test_an_empty_split_is_refused(given, ready, split):
 
 @pytest.mark.parametrize(
     ("name", "value", "least"),
-    [("row_length", 1, 2), ("row_length", 0, 2), ("batch_size", 0, 1), ("val_rows", 0, 1), ("val_rows", -1, 1)],
+    [
+        *(("row_length", 1, 2), ("row_length", 0, 2), ("batch_size", 0, 1), ("val_rows", 0, 1), ("val_rows", -1, 1)),
+        ("num_workers", -1, 0),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(name, value, least):
     with pytest.raises(ValueError, match=f"data.{name} must be at least {least}, not {value}"):
