@@ -54,7 +54,7 @@ class TextFiles(TokenData):
         """
         files, val = train_and_val(_library() if self.paths is None else self.paths, self.val_paths, self.suffixes)
         if not files:
-            raise ValueError("data.paths must name what to train on; data.val_paths names what to validate on")
+            raise ValueError("data.paths: no file is named to train on; data.val_paths names those to validate on")
         return files, val
 
     def texts(self, split: Split) -> Iterator[list[Span]]:

@@ -139,7 +139,7 @@ def test_a_path_that_matches_nothing_is_named(folder, missing):
 @pytest.mark.parametrize("val_paths", [None, ["a"]])
 def test_no_paths_are_refused(folder, monkeypatch, val_paths):
     monkeypatch.chdir(folder)
-    with pytest.raises(ValueError, match=r"^data.paths must name what to train on; data.val_paths names"):
+    with pytest.raises(ValueError, match=r"^data.paths: no file is named to train on; data.val_paths names"):
         _ = TextFiles([], val_paths=val_paths).files
 
 
