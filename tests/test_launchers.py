@@ -86,12 +86,12 @@ def test_a_refusal_ends_all_ranks_with_one_sentence(case, torchrun, small, tmp_p
     (tmp_path / "run").mkdir()
     more, says = {"model__blok": 3}, "dlm: model.blok: BlockCausal takes no such key\n"
     if case != "a bad key":
-        (tmp_path / "run" / "kept").touch()
+        (tmp_path / "run" / "config.yaml").touch()
         more, says = {}, "dlm: --run run already holds another run; resume it with `dlm resume run`\n"
     done = torchrun(2, "fit", "block_causal", *small(trainer__devices=2, **more), "--run", "run")
     assert done.returncode == 1
     assert done.stderr.count("dlm: ") == 1 and says in done.stderr
-    assert [path.name for path in (tmp_path / "run").rglob("*")] == (["kept"] if case != "a bad key" else [])
+    assert [path.name for path in (tmp_path / "run").rglob("*")] == (["config.yaml"] if case != "a bad key" else [])
 
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
