@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
-from unittest import mock
 
 import pyarrow.parquet as pq
 import pytest
@@ -46,8 +44,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 
 def causal_logits(run: Path, ids_L: torch.Tensor) -> torch.Tensor:
     """Logits [L - 1, 300] of the run's newest checkpoint under a causal view, of each token but the first."""
-    with mock.patch.dict(os.environ):  # a run that is opened tells the processes it might start
-        _, cli = reopen(str(run), *WITHOUT_DEVICES)
+    _, cli = reopen(str(run), *WITHOUT_DEVICES)
     cli.model.configure_model()
     checkpoint.load_weights(cli.model, checkpoint.newest(run))
     position_BL, nothing_BL = torch.arange(len(ids_L))[None], torch.zeros(1, len(ids_L))
