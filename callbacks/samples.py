@@ -1,8 +1,9 @@
-"""Decodes a few fixed prompts at each validation: the first thing to look at while a model is converted."""
+"""Decodes a few prompts at each validation: the first thing to look at while a model is converted."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
@@ -12,7 +13,7 @@ from dlm_lightning.decode.blockwise import decode
 from dlm_lightning.module import Recipe
 
 FOLDER = "samples"
-PROMPTS = ("def __init__(self, ", "import os\nimport ", "    for key, value in ")
+FROM_DATA = 3  # prompts that are taken where none are given
 
 
 class Samples(L.Callback):
@@ -21,26 +22,30 @@ class Samples(L.Callback):
     Decoding is plain and block-wise, with the pattern and token shift of the recipe.
 
     Args:
-        prompts: texts to continue.
+        prompts: texts to continue; null takes beginnings of validation documents, of a chat the prompt.
         new_tokens: tokens per continuation.
         threshold: a masked token is committed when its probability is above this; the surest one always is.
     """
 
-    def __init__(self, prompts: tuple[str, ...] = PROMPTS, new_tokens: int = 32, threshold: float = 0.9) -> None:
-        if not prompts or not all(prompts):
+    def __init__(self, prompts: tuple[str, ...] | None = None, new_tokens: int = 32, threshold: float = 0.9) -> None:
+        if prompts is not None and not (prompts and all(prompts)):
             raise ValueError("Samples.prompts: give at least one prompt, and none that is empty")
-        self.prompts, self.new_tokens, self.threshold = tuple(prompts), new_tokens, threshold
+        self.prompts, self.new_tokens, self.threshold = prompts, new_tokens, threshold
 
     def on_validation_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
         lines = []
-        for prompt in self.prompts:
-            ids = recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        for ids in self._prompts(trainer, recipe):
             decoded = decode(
                 recipe.denoiser, ids, recipe.pattern, self.new_tokens, self.threshold, recipe.tokenizer.eos_token_id
             )
-            text = recipe.tokenizer.decode(decoded.new_ids)
+            prompt, text = recipe.tokenizer.decode(ids), recipe.tokenizer.decode(decoded.new_ids)
             lines.append(f"[{prompt}]{text}\n({decoded.tokens_per_forward:.2f} tokens per forward)")
         self._write(trainer, "\n".join(lines))
+
+    def _prompts(self, trainer: Any, recipe: Recipe) -> list[list[int]]:
+        if self.prompts is None:
+            return trainer.datamodule.prompts(FROM_DATA)
+        return [recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"] for prompt in self.prompts]
 
     @rank_zero_only
     def _write(self, trainer: L.Trainer, text: str) -> None:

@@ -5,6 +5,7 @@ Shapes: B rows, L tokens per copy, N scored tokens, V vocabulary.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cached_property
@@ -30,6 +31,7 @@ from dlm_lightning.source import Source, build, build_config, stated
 from dlm_lightning.tally import Tally, count, total_norm
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
 
+log = logging.getLogger(__name__)
 FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
 
 
@@ -122,6 +124,11 @@ class Recipe(L.LightningModule):
         """The pattern of the current step; differs from `pattern` only where a recipe anneals it."""
         return self.pattern
 
+    @property
+    def phases(self) -> dict[str, int]:
+        """Optimizer steps that what changes at the beginning of a run lasts, by its key."""
+        return {"model.warmup_steps": self.warmup_steps}
+
     predicate = staticmethod(sees)
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
@@ -174,10 +181,13 @@ class Recipe(L.LightningModule):
             self.log(f"train/masked_ce/{share}", mean)
 
     def on_fit_start(self) -> None:
-        """Refuse a network that does not do what its views say; see `sight`."""
+        """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""
         check_sight(self.denoiser, self.pattern)
         if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
             check_readout(self.denoiser)
+        for key, steps in self.phases.items():
+            if steps > self.trainer.max_steps:
+                log.info("note: %s lasts %d steps, the whole run %d", key, steps, self.trainer.max_steps)
 
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics.values():

@@ -6,13 +6,10 @@ from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch import Tensor
 from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
-from dlm_lightning import lora
+from dlm_lightning import lora, shards
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source, decoder_layers, initial_row
 
@@ -63,13 +60,7 @@ def fill(network: PreTrainedModel, source: Source, mask_row: tuple[int, int | st
     ends: list[Any] = [network.get_input_embeddings(), network.get_output_embeddings()]
     tables = {id(layer.weight) for layer in ends}
     for name, parameter in lora.named_parameters(network):
-        local: Tensor = parameter
-        start = 0
-        if isinstance(parameter, DTensor):
-            _, offset = compute_local_shape_and_global_offset(
-                parameter.shape, parameter.device_mesh, parameter.placements
-            )
-            local, start = parameter.to_local(), offset[0]
+        local, start = shards.local(parameter)
         known = max(0, min(source.rows(name) - start, len(local)))
         local[:known] = source.read(name, start, start + known)
         if known < len(local):

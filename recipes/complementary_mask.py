@@ -48,6 +48,10 @@ class ComplementaryMask(Recipe):
             return self.pattern
         return self.block_schedule.pattern(self.pattern, self.trainer.global_step, self.trainer.datamodule.seed)
 
+    @property
+    def phases(self) -> dict[str, int]:
+        return super().phases | ({"model.block_schedule": self.block_schedule.steps} if self.block_schedule else {})
+
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"model.block_schedule": self.block_schedule and asdict(self.block_schedule)}
 

@@ -41,5 +41,9 @@ class FullBidirectional(Recipe):
         length = self.trainer.datamodule.row_length
         return Pattern(block_size=round(length ** (step / self.annealing_steps)))
 
+    @property
+    def phases(self) -> dict[str, int]:
+        return super().phases | {"model.annealing_steps": self.annealing_steps}
+
     def facts(self) -> dict[str, Any]:
         return super().facts() | {"model.annealing_steps": self.annealing_steps}

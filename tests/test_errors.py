@@ -134,6 +134,7 @@ VALUES = {
     "data.paths=[]": "data.paths: ",
     "data.paths=[hollow]": "data.paths: hollow holds no file (.py .md ",
     "data.paths=[blank]": "data: the train split is empty; it needs more documents",
+    "model.block_size=32": "data.row_length must be at least model.block_size, 32, not 24",
     # the source
     "model.source=nowhere": "model.source: there is no folder nowhere",
     "model.source=hollow": "model.source: hollow holds no model (no config.json in it)",
@@ -173,6 +174,16 @@ def test_a_run_that_ends_early_says_so_and_keeps_what_it_has(typed, small, tmp_p
     assert said.code == 1
     assert said.err.startswith("dlm: the run ended at step 3 of 6: the trainer's limit_train_batches")
     assert (tmp_path / "a" / "checkpoints" / "step=3.ckpt").is_file()
+
+
+def test_what_lasts_longer_than_the_run_is_said(typed, small, tmp_path):
+    schedule = "{sizes: [2, 4], steps: 6}"
+    words = small(model__warmup_steps=7, model__block_schedule=schedule)
+    said = typed("fit", "block_causal", *words, "trainer.callbacks=[]", "--run", "a", cwd=tmp_path)
+    assert said.code == 0
+    assert [line for line in said.out.splitlines() if "note" in line] == [
+        "note: model.warmup_steps lasts 7 steps, the whole run 6"
+    ]
 
 
 @pytest.mark.parametrize("steps", [-1, 0])

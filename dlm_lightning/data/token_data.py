@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dlm_lightning.data import report
 from dlm_lightning.data.files import absolute
-from dlm_lightning.data.rows import Document, Tally, pack
+from dlm_lightning.data.rows import Document, Row, Tally, pack
 from dlm_lightning.data.stream import (
     TRAIN,
     VALIDATION,
@@ -35,6 +35,7 @@ from dlm_lightning.data.tokenizer import trained_tokenizer
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
+PROMPT = 16  # tokens of a text to be continued
 FEATURES = datasets.Features(
     {
         name: datasets.List(datasets.Value(kind))
@@ -149,6 +150,14 @@ class TokenData(L.LightningDataModule):
         p = self.counts_V[self.counts_V > 0] / self.counts_V.sum()
         return float(-(p * np.log(p)).sum())
 
+    def prompts(self, count: int) -> list[list[int]]:
+        """Token ids that begin up to `count` validation rows, evenly spread: what precedes an answer, or a few tokens.
+
+        They are at most half as long as a row, or as the model has positions.
+        """
+        rows, longest = self.rows["val"], min(self.row_length, self.positions) // 2
+        return [_prompt(Row(**rows[n * len(rows) // count]), longest) for n in range(min(count, len(rows)))]
+
     def facts(self) -> dict[str, int | str]:
         """What must stay as it is when a run is continued."""
         return {
@@ -194,6 +203,8 @@ class TokenData(L.LightningDataModule):
             raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
         if self.trainer.accumulate_grad_batches < 1:
             raise ValueError("trainer.accumulate_grad_batches must be at least 1")
+        if (block_size := self.trainer.lightning_module.pattern.block_size or 1) > self.row_length:
+            raise ValueError(f"data.row_length must be at least model.block_size, {block_size}, not {self.row_length}")
         self.rows = {split: self._packed(split) for split in ("train", "val")}
         self.counts_V = self._count_tokens()
         mask_id = self.trainer.lightning_module.mask_id
@@ -277,6 +288,17 @@ class TokenData(L.LightningDataModule):
             real = ids.flatten().to_numpy()[document.flatten().to_numpy() >= 0]
             counts = padded_sum(counts, np.bincount(real))
         return counts
+
+
+def _prompt(row: Row, longest: int) -> list[int]:
+    """What precedes the first token that may be masked, of the row's first document with one; or its first few tokens.
+
+    The first token of a document is never masked, so that one token alone is no prompt.
+    """
+    here = row.document == row.document[row.maskable.argmax()]
+    ids, shown = row.ids[here], int(row.maskable[here].argmax())
+    length = shown if shown > 1 else min(PROMPT, len(ids) // 2)
+    return ids[:length][-longest:].tolist()
 
 
 def padded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:

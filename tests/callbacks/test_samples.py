@@ -31,6 +31,19 @@ def test_a_file_per_validation_holds_the_continuation_of_each_prompt(typed, smal
         assert f"({decoded.tokens_per_forward:.2f} tokens per forward)" in files[-1].read_text()
 
 
+def test_without_prompts_the_beginnings_of_validation_documents_are_continued(typed, small, tmp_path):
+    words = small(trainer__callbacks="[{class_path: dlm_lightning.callbacks.samples.Samples}]")
+    assert typed("fit", "block_causal", *words, "--run", "run", cwd=tmp_path).code == 0
+    _, cli = reopen(str(tmp_path / "run"))
+    cli.datamodule.trainer, cli.model.trainer = cli.trainer, cli.trainer
+    cli.trainer.strategy.connect(cli.model)
+    cli.datamodule.setup("validate")
+    prompts = [cli.model.tokenizer.decode(ids) for ids in cli.datamodule.prompts(3)]
+    assert len(prompts) == 3 and all(prompts)
+    for file in (tmp_path / "run" / "samples").iterdir():
+        assert all(f"[{prompt}]" in file.read_text() for prompt in prompts)
+
+
 @pytest.mark.parametrize("prompts", [(), ("",), ("a", "")])
 def test_prompts_that_cannot_be_continued_are_refused(prompts):
     with pytest.raises(ValueError, match=r"Samples\.prompts"):

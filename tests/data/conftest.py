@@ -69,6 +69,7 @@ def attach(characters):
         tokenizer = characters() if tokenizer == "characters" else tokenizer
         config = Facts(max_position_embeddings=positions)
         recipe = Facts(mask_id=mask_id, tokenizer=tokenizer, source=tokenizer and "source", model_config=config)
+        recipe.pattern = Pattern(4)
         defaults = {"max_steps": 4, "global_step": 0, "accumulate_grad_batches": 1, "global_rank": 0, "world_size": 1}
         strategy = Facts(root_device=torch.device("cpu"))
         data.trainer = Facts(lightning_module=recipe, strategy=strategy, **defaults | facts)

@@ -54,6 +54,29 @@ def test_a_split_of_which_nothing_can_be_masked_says_why(given, ready):
         ready(unsplit(given([("abcdefgh", "i"), ("abcdefghi", "j")])))
 
 
+def test_prompts_are_beginnings_of_validation_documents(given, ready):
+    data = ready(given(TRAIN, val=["abcdefghijk", "lmnopq", "rs"]))
+    assert [row["ids"] for row in columns(data.rows["val"])] == [
+        [*range(1, 9)],
+        [9, 10, 11, 0, 12, 13, 14, 15],
+        [16, 17, 0, 18, 19, 0, 0, 0],
+    ]
+    assert data.prompts(3) == [[1, 2, 3, 4], [9, 10], [16]]
+    assert data.prompts(2) == [[1, 2, 3, 4], [9, 10]]
+    assert len(data.prompts(9)) == 3
+
+
+def test_a_prompt_is_what_precedes_an_answer(given, ready):
+    data = ready(unsplit(given(TRAIN, val=[("ab", "cd"), ("efgh", "i"), ("jk", "l")])))
+    assert data.prompts(3) == [[1, 2], [5, 6, 7, 8], [10, 11]]
+
+
+def test_the_end_of_another_document_is_no_prompt(given, ready):
+    data = ready(given(TRAIN, val=["abcdefgh", "ijklm"]))
+    assert columns(data.rows["val"])[1]["ids"][:3] == [0, 9, 10]
+    assert data.prompts(2)[1] == [9, 10, 11]
+
+
 # The cache
 
 
