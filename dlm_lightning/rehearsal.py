@@ -5,6 +5,7 @@ Shapes: B rows, L tokens per copy, N scored tokens.
 
 from __future__ import annotations
 
+import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -96,9 +97,14 @@ class Ledger(TorchDispatchMode):
             self.allocator.give_back(key)
 
     def watch(self, parameters: Sequence[nn.Parameter]) -> None:
-        """Tell gradients from the rest as soon as they are accumulated."""
+        """Tell gradients from the rest as soon as they are accumulated.
+
+        Then cycles are broken as well: what activation checkpointing recomputes is left in one, because torch ends the
+        recomputation by an exception whose traceback, through this mode, holds tensors.
+        """
 
         def accumulated(_: Tensor) -> None:
+            gc.collect()
             self.gradients = nbytes(p.grad for p in parameters)
 
         for parameter in parameters:
@@ -133,6 +139,7 @@ def rehearse(
     """
     recipe.pretrained = False
     allocator = None if gpu else Allocator()
+    gc.freeze()  # what is there already makes no cycles with the rehearsal, and need not be looked at again and again
     try:
         with FakeTensorMode() as fake, Ledger(allocator) as ledger:
             return _rehearse(recipe, _Faked(fake, batch, copies, scored), accumulate, ledger)
@@ -141,6 +148,7 @@ def rehearse(
             f"model: {type(recipe).__name__} cannot be planned: what it computes decides a shape ({error})"
         ) from error
     finally:
+        gc.unfreeze()
         if allocator:
             allocator.close()
 

@@ -188,6 +188,20 @@ def test_checkpointing_trades_memory_for_flops(planned):
     assert 0 < found.rehearsal.computed - plain.rehearsal.computed <= plain.rehearsal.forward
 
 
+def test_what_checkpointing_computes_anew_is_there_for_one_layer_at_a_time(planned):
+    """So that more layers make no larger peak beside weights, gradients and one kept activation each."""
+    shape = "model_type: qwen3, hidden_size: 64, intermediate_size: 256, head_dim: 16, "
+    shape += "num_attention_heads: 4, num_key_value_heads: 2"
+    words = ["model.source=null", "data.vocab_size=300", "data.batch_size=32", "model.activation_checkpointing=true"]
+    few, many = (
+        planned("block_causal", *words, f"model.config={{{shape}, num_hidden_layers: {layers}}}").rehearsal
+        for layers in (2, 8)
+    )
+    assert few.activations < many.activations
+    again = [found.passes.rest - found.activations for found in (few, many)]
+    assert again[1] == pytest.approx(again[0], rel=0.1)
+
+
 # Machines
 
 
