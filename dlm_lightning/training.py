@@ -105,10 +105,10 @@ def _check_written(cli: LightningCLI, run: Path) -> None:
         for place in (logger.save_dir, logger.log_dir):
             if place:
                 runs.check_inside(run, place, f"trainer.logger ({type(logger).__name__})")
-    for callback in cli.trainer.callbacks:
+    for callback in cli.trainer.checkpoint_callbacks:
         if isinstance(callback, ModelCheckpoint):
-            place = Path(callback.dirpath or run) / (callback.filename or "")
-            runs.check_inside(run, place, f"trainer.callbacks ({type(callback).__name__})")
+            file = Path(callback.dirpath or run) / (callback.filename or "")
+            runs.check_inside(run, file, f"trainer.callbacks ({type(callback).__name__})")
 
 
 def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: str | None) -> Path:
