@@ -59,7 +59,7 @@ def read_config(folder: Path) -> PretrainedConfig:
             f"model.source: {folder} is of model_type {values.get('model_type', 'none')}, which transformers does not "
             "know; code that a model brings along is not run"
         )
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     if hasattr(config, KEY):  # what is made of it states its own
         delattr(config, KEY)
     return config

@@ -37,6 +37,8 @@ def create(recipe: str, folder: str | None) -> Path:
     if folder is not None and not is_first_process():
         return Path(folder).expanduser().resolve()
     if folder is None:
+        if Path(recipe).name != recipe or recipe in ("", ".."):
+            raise ValueError(f"recipe {recipe!r} cannot name a folder below runs/; name the run folder by --run DIR")
         parent = Path("runs") / recipe
         parent.mkdir(parents=True, exist_ok=True)
         number = max((int(p.name) for p in parent.iterdir() if p.name.isdigit()), default=0) + 1
@@ -58,6 +60,12 @@ def create(recipe: str, folder: str | None) -> Path:
         run.mkdir(parents=True, exist_ok=True)
     os.environ[RUN_VARIABLE] = str(run.resolve())
     return run.resolve()
+
+
+def check_inside(run: Path, path: str | Path, key: str) -> None:
+    """Raise ValueError, naming the YAML's key, for a path that lies outside of the run folder."""
+    if not Path(path).expanduser().resolve().is_relative_to(run.resolve()):
+        raise ValueError(f"{key}: {path} lies outside of the run folder {run}; all that a run writes lies in it")
 
 
 def discard(run: Path) -> None:

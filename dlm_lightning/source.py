@@ -57,6 +57,11 @@ def locate(source: str, weights: bool = True) -> Path:
 def _with_weights(folder: Path) -> Path:
     if (folder / SAFE_WEIGHTS_NAME).is_file() or (folder / SAFE_WEIGHTS_INDEX_NAME).is_file():
         return folder
+    if pickled := sorted(path.name for path in folder.glob("pytorch_model*.bin")):
+        raise FileNotFoundError(
+            f"model.source: {folder} holds its weights as {pickled[0]} only, a pickle, which could run code; "
+            "safetensors are read and nothing else"
+        )
     raise FileNotFoundError(f"model.source: {folder} holds a config but no weights ({SAFE_WEIGHTS_NAME})")
 
 
@@ -109,7 +114,9 @@ class Source:
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
         kind = layouts.tokenizer_type(self.folder)
-        return AutoTokenizer.from_pretrained(self.folder, **({"tokenizer_type": kind} if kind else {}))
+        return AutoTokenizer.from_pretrained(
+            self.folder, trust_remote_code=False, **({"tokenizer_type": kind} if kind else {})
+        )
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the weights: a hash of file sizes and of samples from each file."""
@@ -223,11 +230,13 @@ def build(
             setattr(config, key, 0.0)
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
-            return AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=dtype)
+            return AutoModelForCausalLM.from_config(
+                config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+            )
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
     network = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, attn_implementation=attention, dtype=dtype
+        source.folder, config=config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
     )
     old = config.vocab_size
     if rows != old:

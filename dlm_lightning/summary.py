@@ -40,7 +40,7 @@ def summarize(folder: str) -> None:
     if recipe.source is None and not (run / SAVED_MODEL).is_dir():
         raise FileNotFoundError(f"{folder} is not finished and has no model yet; `dlm resume {folder}` goes on")
     if recipe.source is None:  # the tokenizer is the data's, or by now the finished model's
-        recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)))
+        recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)), trust_remote_code=False)
     recipe.configure_model()
     steps = checkpoint.load_weights(recipe, path)["global_step"]
     recipe.eval()  # in training, activation checkpointing leaves the decoder's cache empty

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 import os
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -14,10 +15,12 @@ from typing import Any
 import yaml
 from lightning import LightningDataModule
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
+from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 from lightning.pytorch.strategies import ModelParallelStrategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
 from lightning.pytorch.utilities import rank_zero_only
+from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  # noqa: F401  (strategies registers fsdp2)
@@ -27,6 +30,11 @@ from dlm_lightning.module import Recipe
 from dlm_lightning.source import locate
 
 log = logging.getLogger(__name__)
+URL_PASSWORD = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
+FROM_ENVIRONMENT = (
+    "a value from the environment (oc.env) would be written to config.yaml; write the value itself, and leave secrets "
+    "to the library that reads them from the environment, such as HF_TOKEN"
+)
 PLACEHOLDER = "runs/RECIPE/NUMBER"
 WITHOUT_DEVICES = [  # to look at a recipe or a run on a machine that could not train it
     f"--trainer.{setting}"
@@ -50,6 +58,7 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
 
     `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
     """
+    OmegaConf.register_resolver("oc.env", _no_environment, replace=True)
     options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
     cli = LightningCLI(
         Recipe,
@@ -71,6 +80,7 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out")
     if cli.config.trainer.max_time:
         raise ValueError("trainer.max_time must be null: a run's length is its max_steps; SIGUSR1 stops it earlier")
+    _check_written(cli, Path(run))
     environment = cli.trainer._accelerator_connector.cluster_environment
     if isinstance(environment, LightningEnvironment) and cli.trainer.num_nodes > 1 and "NODE_RANK" not in os.environ:
         raise ValueError(f"trainer.num_nodes={cli.trainer.num_nodes} needs a launcher on each node: torchrun, or SLURM")
@@ -79,6 +89,26 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
     return cli
+
+
+def _no_environment(*_: Any) -> None:
+    raise ValueError(FROM_ENVIRONMENT)
+
+
+def _check_written(cli: LightningCLI, run: Path) -> None:
+    """Refuse what would be written outside of the run folder, and a password that config.yaml would keep."""
+    if URL_PASSWORD.search(cli.parser.dump(cli.config, skip_validation=True)):
+        raise ValueError(
+            "a URL with a password in it would be written to config.yaml; leave it to the store's own login"
+        )
+    for logger in cli.trainer.loggers:
+        for place in (logger.save_dir, logger.log_dir):
+            if place:
+                runs.check_inside(run, place, f"trainer.logger ({type(logger).__name__})")
+    for callback in cli.trainer.checkpoint_callbacks:
+        if isinstance(callback, ModelCheckpoint):
+            file = Path(callback.dirpath or run) / (callback.filename or "")
+            runs.check_inside(run, file, f"trainer.callbacks ({type(callback).__name__})")
 
 
 def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: str | None) -> Path:

@@ -35,4 +35,4 @@ def trained_tokenizer(texts: Callable[[], Iterable[str]], vocab_size: int, folde
             os.rename(beside, folder)  # all or nothing, also when two runs train it at once
         except OSError:
             shutil.rmtree(beside)
-    return AutoTokenizer.from_pretrained(folder)
+    return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)

@@ -1,0 +1,126 @@
+"""What docs/security.md claims: nothing that is loaded runs code; a run writes into its folder, and no secret."""
+
+from __future__ import annotations
+
+import ast
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlm_lightning import catalog, runs
+from dlm_lightning.source import locate
+
+ROOT = Path(__file__).parents[1]
+FILES = [path for folder in ("dlm_lightning", "callbacks", "recipes") for path in (ROOT / folder).rglob("*.py")]
+CALLS = [
+    (path.relative_to(ROOT).as_posix(), ast.unparse(node.func), {k.arg: ast.unparse(k.value) for k in node.keywords})
+    for path in FILES
+    for node in ast.walk(ast.parse(path.read_text()))
+    if isinstance(node, ast.Call)
+]
+SECRET = "s3cr3t-0f-the-env1ronment"
+
+
+def test_every_load_is_a_safe_one():
+    loads = [(path, name, keys) for path, name, keys in CALLS if name == "torch.load"]
+    assert loads and all(keys.get("weights_only") == "True" for _, _, keys in loads)
+    assert {name for _, name, _ in CALLS if name.startswith("yaml.") and "load" in name} == {"yaml.safe_load"}
+    unsafe = {"pickle.load", "pickle.loads", "pickle.Unpickler", "numpy.load", "np.load", "joblib.load", "eval", "exec"}
+    assert not [(path, name) for path, name, _ in CALLS if name in unsafe]
+
+
+def test_code_of_a_model_is_declined_at_every_load():
+    loads = [
+        (path, keys)
+        for path, name, keys in CALLS
+        if name.startswith("Auto") and name.split(".")[1] in ("from_pretrained", "from_config")
+    ]
+    assert len(loads) >= 4 and all(keys.get("trust_remote_code") == "False" for _, keys in loads), loads
+
+
+def test_pickled_weights_are_refused_by_name(source_folder, tmp_path):
+    shutil.copy(source_folder() / "config.json", tmp_path)
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
+    with pytest.raises(FileNotFoundError, match=r"pytorch_model\.bin only, a pickle"):
+        locate(str(tmp_path))
+
+
+@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("command", ["fit", "plan", "probe"])
+def test_code_of_a_model_is_never_run(command, known, source_folder, corpus, typed, tmp_path):
+    folder, marker = tmp_path / "source", tmp_path / "it ran"
+    shutil.copytree(source_folder(), folder)
+    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nfrom transformers import Qwen3Config as C\n"
+    (folder / "code_x.py").write_text(code + "from transformers import Qwen3ForCausalLM as M\n")
+    config = json.loads((folder / "config.json").read_text())
+    config["auto_map"] = {"AutoConfig": "code_x.C", "AutoModelForCausalLM": "code_x.M"}
+    (folder / "config.json").write_text(json.dumps(config | ({} if known else {"model_type": "x"})))
+    options = [f"model.source={folder}", "trainer.max_steps=1", "data.row_length=32", f"data.paths=[{corpus}]"]
+    words = [folder] if command == "probe" else ["block_causal", *options, "trainer.limit_val_batches=0"]
+    said = typed(command, *words, cwd=tmp_path)
+    assert not marker.exists()
+    if known:
+        assert said.code == 0, said
+    else:
+        assert said.code == 1 and "code that a model brings along is not run" in said.err
+
+
+@pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/x", ""])
+def test_a_recipe_name_cannot_leave_the_folder_of_runs(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match="cannot name a folder below runs/"):
+        runs.create(name, None)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.fixture
+def refusal(typed, corpus, tmp_path):
+    """What `dlm fit` of a recipe with something added answers; it leaves no file with the secret."""
+
+    def run(**sections) -> str:
+        own = {"extends": str(catalog.find("block_causal").path), **sections}
+        recipe = tmp_path / "mine.yaml"
+        recipe.write_text(yaml.safe_dump(own))
+        said = typed("fit", recipe, "--run", "run", cwd=tmp_path, env={"SECRET": SECRET})
+        assert said.code == 1 and said.err.count("\n") == 1, said
+        assert SECRET not in said.out + said.err
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert files and not any(SECRET.encode() in path.read_bytes() for path in files)
+        assert not (tmp_path / "outside").exists()
+        return said.err
+
+    return run
+
+
+@pytest.mark.parametrize("value", ["${oc.env:SECRET}", "x-${oc.env:SECRET,none}"])
+def test_a_value_from_the_environment_is_refused(value, refusal):
+    assert "would be written to config.yaml" in refusal(data={"init_args": {"paths": [value]}})
+
+
+def test_a_password_in_a_url_is_refused(refusal):
+    said = refusal(data={"init_args": {"paths": ["https://me:word@example.org/x.txt"]}})
+    assert "a URL with a password" in said and "word@" not in said
+
+
+@pytest.mark.parametrize(
+    "trainer",
+    [
+        {"logger": {"class_path": "dlm_lightning.loggers.MetricsCSV", "init_args": {"save_dir": "outside"}}},
+        {
+            "logger": {
+                "class_path": "lightning.pytorch.loggers.CSVLogger",
+                "init_args": {"save_dir": "${trainer.default_root_dir}", "name": "../../outside"},
+            }
+        },
+        {
+            "callbacks": [
+                {"class_path": "lightning.pytorch.callbacks.ModelCheckpoint", "init_args": {"dirpath": "outside"}}
+            ]
+        },
+    ],
+)
+def test_what_a_run_writes_lies_in_its_folder(trainer, refusal):
+    assert "lies outside of the run folder" in refusal(trainer=trainer)
