@@ -18,12 +18,15 @@ _NULLABLE = re.compile(r"Expected an? (?:<class 'int'>|\S*Literal).* - Expected 
 _GIVEN = re.compile(r"Given value: (.*?)(?: - Expected .*)?$")
 _IN_YAML = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _AS_OVERRIDE = re.compile(r"unrecognized arguments: --(\w+)\.([^=\s]+)")
+_INTERPOLATION = re.compile(r"\w+ raised while resolving interpolation: (.*) full_key: (\S+)")  # OmegaConf's
 _TYPE = re.compile(r"<class '([^']+)'>|typing\.")
 
 
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = " ".join(str(error).split()) or type(error).__name__
+    if match := _INTERPOLATION.match(text):
+        return f"{match[2].replace('.init_args', '')}: {match[1]}"
     if match := re.match(r"unrecognized arguments: (\S+)", text):
         return _unknown(match[1].lstrip("-").split("=")[0])
     if match := re.match(r"Option '([^']+)' is not accepted|Group '(trainer)' does not accept option '([^']+)'", text):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 import math
 import os
@@ -102,6 +103,9 @@ def _check_written(cli: LightningCLI, run: Path) -> None:
             "a URL with a password in it would be written to config.yaml; leave it to the store's own login"
         )
     for logger in cli.trainer.loggers:
+        own = inspect.signature(type(logger)).parameters.get("save_dir")
+        if own and logger.save_dir == own.default:  # not of the recipe: `.` of W&B's, which asks for one override only
+            continue
         for place in (logger.save_dir, logger.log_dir):
             if place:
                 runs.check_inside(run, place, f"trainer.logger ({type(logger).__name__})")

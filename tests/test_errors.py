@@ -176,14 +176,22 @@ def test_a_run_that_ends_early_says_so_and_keeps_what_it_has(typed, small, tmp_p
     assert (tmp_path / "a" / "checkpoints" / "step=3.ckpt").is_file()
 
 
-def test_what_lasts_longer_than_the_run_is_said(typed, small, tmp_path):
-    schedule = "{sizes: [2, 4], steps: 6}"
-    words = small(model__warmup_steps=7, model__block_schedule=schedule)
-    said = typed("fit", "block_causal", *words, "trainer.callbacks=[]", "--run", "a", cwd=tmp_path)
-    assert said.code == 0
-    assert [line for line in said.out.splitlines() if "note" in line] == [
-        "note: model.warmup_steps lasts 7 steps, the whole run 6"
-    ]
+@pytest.mark.parametrize(
+    ("recipe", "key", "value"),
+    [
+        ("block_causal", "warmup_steps", "{}"),
+        ("block_causal", "block_schedule", "{{sizes: [2, 4], steps: {}}}"),
+        ("complementary_mask", "block_schedule", "{{sizes: [2, 4], steps: {}}}"),
+        ("full_bidirectional", "annealing_steps", "{}"),
+    ],
+)
+@pytest.mark.parametrize("steps", [6, 7])
+def test_what_lasts_longer_than_the_run_is_said(recipe, key, value, steps, typed, small, tmp_path):
+    words = small(**{"model__warmup_steps": 0, f"model__{key}": value.format(steps)})
+    said = typed("fit", recipe, *words, "trainer.callbacks=[]", "--run", "a", cwd=tmp_path)
+    assert said.code == 0, said.err
+    expected = [f"note: model.{key} lasts 7 steps, the whole run 6"] if steps > 6 else []
+    assert [line for line in said.out.splitlines() if line.startswith("note")] == expected
 
 
 @pytest.mark.parametrize("steps", [-1, 0])

@@ -49,7 +49,7 @@ def test_pickled_weights_are_refused_by_name(source_folder, tmp_path):
 
 
 @pytest.mark.parametrize("known", [True, False])
-@pytest.mark.parametrize("command", ["fit", "plan", "probe"])
+@pytest.mark.parametrize("command", ["fit", "plan", "probe", "show"])
 def test_code_of_a_model_is_never_run(command, known, source_folder, corpus, typed, tmp_path):
     folder, marker = tmp_path / "source", tmp_path / "it ran"
     shutil.copytree(source_folder(), folder)
@@ -62,7 +62,7 @@ def test_code_of_a_model_is_never_run(command, known, source_folder, corpus, typ
     words = [folder] if command == "probe" else ["block_causal", *options, "trainer.limit_val_batches=0"]
     said = typed(command, *words, cwd=tmp_path)
     assert not marker.exists()
-    if known:
+    if known or command == "show":  # which draws a pattern and opens no model
         assert said.code == 0, said
     else:
         assert said.code == 1 and "code that a model brings along is not run" in said.err
@@ -95,9 +95,25 @@ def refusal(typed, corpus, tmp_path):
     return run
 
 
+def test_a_loggers_own_default_is_not_the_recipes(typed, small, tmp_path, monkeypatch):
+    """As W&B's: `.` is where it keeps its own files, and one override is enough to have it."""
+    (tmp_path / "elsewhere.py").write_text(
+        "from lightning.pytorch.loggers import CSVLogger\nclass Elsewhere(CSVLogger):\n"
+        "    def __init__(self, save_dir: str = '.'): super().__init__(save_dir)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    words = [*small(trainer__callbacks="[]", trainer__limit_val_batches=0), "trainer.logger+=elsewhere.Elsewhere"]
+    said = typed("fit", "block_causal", *words, "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    asked = [*words, "trainer.logger.save_dir=outside"]
+    said = typed("fit", "block_causal", *asked, "--run", "other", cwd=tmp_path)
+    assert said.code == 1 and "lies outside of the run folder" in said.err
+
+
 @pytest.mark.parametrize("value", ["${oc.env:SECRET}", "x-${oc.env:SECRET,none}"])
 def test_a_value_from_the_environment_is_refused(value, refusal):
-    assert "would be written to config.yaml" in refusal(data={"init_args": {"paths": [value]}})
+    said = refusal(data={"init_args": {"paths": [value]}})
+    assert said.startswith("dlm: data.paths[0]: a value from the environment (oc.env) would be written to config.yaml")
 
 
 def test_a_password_in_a_url_is_refused(refusal):

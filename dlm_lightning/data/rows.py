@@ -13,6 +13,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+FEW = 16  # tokens of a text that are enough to be continued
+
 
 class Document(NamedTuple):
     """Token ids, and for each whether it may be masked and scored; the others are shown only."""
@@ -71,6 +73,16 @@ def blank(length: int, pad_id: int) -> Row:
         -1 - np.arange(length, dtype=np.int32),
         np.zeros(length, bool),
     )
+
+
+def beginning(row: Row, longest: int) -> list[int]:
+    """Token ids that precede the first one that may be masked, of the row's first document with one; if that is all but
+    its very first token, its first few, at most half. They are cut at their beginning to the `longest` allowed.
+    """
+    here = row.document == row.document[row.maskable.argmax()]
+    ids, shown = row.ids[here], int(row.maskable[here].argmax())
+    length = shown if shown > 1 else min(FEW, len(ids) // 2)
+    return ids[:length][-longest:].tolist()
 
 
 def pack(

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from dlm_lightning.data import report
 from dlm_lightning.data.files import absolute
-from dlm_lightning.data.rows import Document, Row, Tally, pack
+from dlm_lightning.data.rows import Document, Row, Tally, beginning, pack
 from dlm_lightning.data.stream import (
     TRAIN,
     VALIDATION,
@@ -35,7 +35,6 @@ from dlm_lightning.data.tokenizer import trained_tokenizer
 
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
-PROMPT = 16  # tokens of a text to be continued
 FEATURES = datasets.Features(
     {
         name: datasets.List(datasets.Value(kind))
@@ -156,7 +155,7 @@ class TokenData(L.LightningDataModule):
         They are at most half as long as a row, or as the model has positions.
         """
         rows, longest = self.rows["val"], min(self.row_length, self.positions) // 2
-        return [_prompt(Row(**rows[n * len(rows) // count]), longest) for n in range(min(count, len(rows)))]
+        return [beginning(Row(**rows[n * len(rows) // count]), longest) for n in range(min(count, len(rows)))]
 
     def facts(self) -> dict[str, int | str]:
         """What must stay as it is when a run is continued."""
@@ -288,17 +287,6 @@ class TokenData(L.LightningDataModule):
             real = ids.flatten().to_numpy()[document.flatten().to_numpy() >= 0]
             counts = padded_sum(counts, np.bincount(real))
         return counts
-
-
-def _prompt(row: Row, longest: int) -> list[int]:
-    """What precedes the first token that may be masked, of the row's first document with one; or its first few tokens.
-
-    The first token of a document is never masked, so that one token alone is no prompt.
-    """
-    here = row.document == row.document[row.maskable.argmax()]
-    ids, shown = row.ids[here], int(row.maskable[here].argmax())
-    length = shown if shown > 1 else min(PROMPT, len(ids) // 2)
-    return ids[:length][-longest:].tolist()
 
 
 def padded_sum(a: np.ndarray, b: np.ndarray) -> np.ndarray:
