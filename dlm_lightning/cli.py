@@ -69,11 +69,15 @@ def _dispatch(argv: list[str]) -> int:
     commands.add_parser("list", help="recipes, data modules and callbacks, and where each comes from")
     commands.add_parser("fit", help="train a recipe; `dlm fit --help` says more")
     for name, about in (
-        ("resume", "continue a run from its newest complete checkpoint"),
         ("validate", "validate a run's newest checkpoint"),
         ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
+    resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
+    resume.add_argument("run", metavar="RUN", help="a run folder")
+    resume.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="for this time only, such as trainer.devices=2"
+    )
     probe = commands.add_parser("probe", help="whether a source converts, and what it is, before anything is trained")
     probe.add_argument("source", metavar="SOURCE", help="a hub id, a local folder, or a run folder")
     probe.add_argument(
@@ -111,7 +115,9 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     from dlm_lightning import training
 
-    return _report(getattr(training, args.command)(args.run))
+    if args.command == "resume":
+        return _report(training.resume(args.run, args.overrides))
+    return _report(training.validate(args.run))
 
 
 def _fit(argv: list[str]) -> int:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from dlm_lightning import attention, layouts, lora, mask_token, precision
+from dlm_lightning.checkpoint import FACTS, rewind
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.layouts import Diffusion
 from dlm_lightning.lora import Lora
@@ -32,7 +33,6 @@ from dlm_lightning.tally import Tally, count, total_norm
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
 
 log = logging.getLogger(__name__)
-FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
 
 
 class Recipe(L.LightningModule):
@@ -114,7 +114,6 @@ class Recipe(L.LightningModule):
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
         self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
-        self.validated_step = -1
         self._tally: Tensor | None = None
 
     # What a recipe decides
@@ -189,6 +188,11 @@ class Recipe(L.LightningModule):
             if steps > self.trainer.max_steps:
                 log.info("note: %s lasts %d steps, the whole run %d", key, steps, self.trainer.max_steps)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Have Lightning validate the last step, whatever `trainer.val_check_interval` is."""
+        if self.trainer.global_step >= self.trainer.max_steps:
+            self.trainer.should_stop = True
+
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics.values():
             metric.reset()
@@ -214,7 +218,6 @@ class Recipe(L.LightningModule):
         self.metrics[name].update(total / count.clamp(min=1), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        self.validated_step = self.trainer.global_step
         for name, metric in self.metrics.items():
             if metric.update_called:
                 self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo")
@@ -340,7 +343,6 @@ class Recipe(L.LightningModule):
             "model.lora": asdict(self.lora) if self.lora else None,
             "model.freeze": self.frozen,
             "trainer.max_steps": self.trainer.max_steps,
-            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             **self.trainer.datamodule.facts(),
         }
 
@@ -348,7 +350,7 @@ class Recipe(L.LightningModule):
         checkpoint[FACTS] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another recipe, source, block size, accumulation …, naming the difference."""
+        """Refuse a checkpoint of another recipe, source, batch …, naming the difference; or go on where it stood."""
         if FACTS not in checkpoint:
             raise ValueError("this checkpoint was not written by dlm_lightning")
         for name, mine in self.facts().items():
@@ -357,3 +359,4 @@ class Recipe(L.LightningModule):
                 raise ValueError(f"the checkpoint was made with {name} {theirs}, this run has {mine}")
         if self.trainer.state.fn == "fit" and checkpoint["global_step"] >= self.trainer.max_steps:
             raise ValueError(f"the checkpoint is finished: it has made all of its {checkpoint['global_step']} steps")
+        rewind(checkpoint, self.trainer.accumulate_grad_batches)

@@ -27,7 +27,7 @@ class Stop(L.Callback):
         if trainer.global_step == 3 and trainer.global_rank == trainer.world_size - 1 and "SPARE" not in os.environ:
             os.kill(os.getpid(), signal.SIGUSR1)
 """
-CALLBACKS = "[{class_path: stopper.Stop}, {class_path: dlm_lightning.checkpoint.Checkpoints}]"
+CALLBACKS = "[{class_path: stopper.Stop}, {class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -44,7 +44,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "step=6.ckpt", weights_only=True)["state_dict"]
+    return torch.load(run / "checkpoints" / "step=6" / "state.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.fixture
@@ -101,7 +101,7 @@ def test_two_ranks_stop_together_and_resume_to_the_losses_of_one(strategy, torch
     done = torchrun(2, "fit", "block_causal", *two, "--run", "two")
     assert "exitcode  : 75" in done.stderr, "torchrun's own exit code is 1 whatever happened"
     assert done.stderr.count(f"dlm: stopped at step 4; `dlm resume {tmp_path / 'two'}` goes on from step 4") == 1
-    assert checkpoints(tmp_path / "two") == ["step=4.ckpt"]
+    assert checkpoints(tmp_path / "two") == ["step=4"]
     done = torchrun(2, "resume", "two", SPARE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 1
@@ -160,7 +160,7 @@ def test_a_job_that_is_interrupted_requeues_itself_and_ends_as_if_undisturbed(ta
     recipe = "block_causal", *words(data__batch_size=4 // tasks, trainer__devices=tasks, trainer__strategy=strategy)
     first = sbatch(tasks, "run folder", *recipe)
     assert first.returncode == 75, first.stderr
-    assert checkpoints(tmp_path / "run folder") == ["step=4.ckpt"]
+    assert checkpoints(tmp_path / "run folder") == ["step=4"]
     assert not list((tmp_path / "run folder").glob("hpc_ckpt*")), "Lightning's own answer to the signal"
     second = sbatch(tasks, "run folder", *recipe, SPARE="1")
     assert second.returncode == 0, second.stderr
@@ -229,13 +229,13 @@ def test_a_step_of_several_micro_batches_is_finished_first(interrupted, tmp_path
         75,
         f"dlm: stopped at step 3; `dlm resume {tmp_path / 'run'}` goes on from step 3\n",
     )
-    assert checkpoints(tmp_path / "run") == ["step=3.ckpt"]
+    assert checkpoints(tmp_path / "run") == ["step=3"]
     assert len(losses(tmp_path / "run")) == 3
 
 
 def test_a_run_that_is_asked_in_its_last_step_just_ends(interrupted, tmp_path):
     assert interrupted(5).code == 0
-    assert checkpoints(tmp_path / "run") == ["step=6.ckpt"]
+    assert checkpoints(tmp_path / "run") == ["step=6"]
 
 
 def test_a_signal_is_held_back_by_threads_and_processes_that_start_later():
