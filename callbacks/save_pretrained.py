@@ -19,24 +19,28 @@ class SavePretrained(L.Callback):
     """Writes `<run>/model` after the last step; records no metric and holds no state.
 
     The folder appears whole or not at all, adapters merged, and plain transformers loads it. It is there before the
-    last checkpoint is, because Lightning calls checkpoint callbacks last: a run that is finished has its model.
+    last checkpoint is: a run that is finished has its model.
     """
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
         if trainer.global_step < trainer.max_steps:
             return
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        network = recipe.denoiser.network
-        whole: dict[str, Any] = get_model_state_dict(network, options=options)
-        once, names = (dict(network.named_parameters(remove_duplicate=flag)) for flag in (True, False))
-        tied = names.keys() - once.keys()  # copies by now, where the strategy gathers each name by itself
-        weights = {name: weight for name, weight in lora.merged(network, whole).items() if name not in tied}
-        if not trainer.is_global_zero:
-            return
-        folder = Path(trainer.default_root_dir) / SAVED_MODEL
-        beside = folder.with_name(f".{SAVED_MODEL}.partial")
-        shutil.rmtree(beside, ignore_errors=True)
-        network.save_pretrained(beside, state_dict=weights)
-        recipe.tokenizer.save_pretrained(beside)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.rename(beside, folder)
+        whole: dict[str, Any] = get_model_state_dict(recipe.denoiser.network, options=options)
+        write(recipe, whole, Path(trainer.default_root_dir) / SAVED_MODEL, writes=trainer.is_global_zero)
+
+
+def write(recipe: Recipe, weights: dict[str, Any], folder: Path, writes: bool = True) -> None:
+    """Write a network's whole state dict as a folder, in place of what lies there; all ranks call it, one writes."""
+    network = recipe.denoiser.network
+    once, names = (dict(network.named_parameters(remove_duplicate=flag)) for flag in (True, False))
+    tied = names.keys() - once.keys()  # copies by now, where the strategy gathers each name by itself
+    kept = {name: weight for name, weight in lora.merged(network, weights).items() if name not in tied}
+    if not writes:
+        return
+    beside = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(beside, ignore_errors=True)
+    network.save_pretrained(beside, state_dict=kept)
+    recipe.tokenizer.save_pretrained(beside)
+    shutil.rmtree(folder, ignore_errors=True)
+    os.rename(beside, folder)

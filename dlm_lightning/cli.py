@@ -78,6 +78,9 @@ def _dispatch(argv: list[str]) -> int:
     resume.add_argument(
         "overrides", metavar="key=value", nargs="*", help="for this time only, such as trainer.devices=2"
     )
+    consolidate = commands.add_parser("consolidate", help="a run's newest checkpoint as a Hugging Face folder")
+    consolidate.add_argument("run", metavar="RUN", help="a run folder")
+    consolidate.add_argument("--out", metavar="DIR", help="a new folder; default RUN/model")
     probe = commands.add_parser("probe", help="whether a source converts, and what it is, before anything is trained")
     probe.add_argument("source", metavar="SOURCE", help="a hub id, a local folder, or a run folder")
     probe.add_argument(
@@ -102,6 +105,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning import plan as planning
 
         planning.show(args.recipe, args.overrides)
+        return 0
+    if args.command == "consolidate":
+        from dlm_lightning.consolidate import consolidate as gather
+
+        print(gather(args.run, args.out))
         return 0
     if args.command == "show":
         from dlm_lightning.picture import show as draw

@@ -9,15 +9,14 @@ import torch
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from transformers import AutoTokenizer
 
 from dlm_lightning import checkpoint, runs
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
 from dlm_lightning.decode.blockwise import Decoded, decode
 from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
-from dlm_lightning.source import SAVED_MODEL, locate
-from dlm_lightning.training import WITHOUT_DEVICES, quiet, reopen
+from dlm_lightning.source import SAVED_MODEL
+from dlm_lightning.training import quiet, restore
 
 PROMPT = "def __init__(self, name, value):\n    "
 NEW_TOKENS = 32
@@ -32,17 +31,7 @@ MEANING = {
 def summarize(folder: str) -> None:
     """Print a run's tables; raises FileNotFoundError for a folder that is no run or has no checkpoint."""
     quiet()
-    run, cli = reopen(folder, *WITHOUT_DEVICES)
-    path = checkpoint.newest(run)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no complete checkpoint to summarize")
-    recipe: Recipe = cli.model
-    if recipe.source is None and not (run / SAVED_MODEL).is_dir():
-        raise FileNotFoundError(f"{folder} is not finished and has no model yet; `dlm resume {folder}` goes on")
-    if recipe.source is None:  # the tokenizer is the data's, or by now the finished model's
-        recipe.tokenizer = AutoTokenizer.from_pretrained(locate(str(run)), trust_remote_code=False)
-    recipe.configure_model()
-    steps = checkpoint.load_weights(recipe, path)["global_step"]
+    run, recipe, steps = restore(folder)
     recipe.eval()  # in training, activation checkpointing leaves the decoder's cache empty
     console = Console(highlight=False)
     console.print(likelihood(run, steps))

@@ -25,13 +25,14 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
+from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  # noqa: F401  (strategies registers fsdp2)
 from dlm_lightning.errors import check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
-from dlm_lightning.source import locate
+from dlm_lightning.source import SAVED_MODEL, locate
 
 log = logging.getLogger(__name__)
 URL_PASSWORD = re.compile(r"://[^/\s@:]*:[^/\s@]+@")
@@ -190,6 +191,27 @@ def validate(folder: str) -> Path:
         raise FileNotFoundError(f"{folder} has no complete checkpoint to validate")
     cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(start / checkpoint.STATE), weights_only=True)
     return run
+
+
+def restore(folder: str, *overrides: str) -> tuple[Path, Recipe, int]:
+    """A run folder, its network on the CPU with the weights of the newest complete checkpoint, and its step."""
+    run, cli = reopen(folder, *WITHOUT_DEVICES, *overrides)
+    recipe: Recipe = cli.model
+    path = checkpoint.newest(run)
+    if path is None:
+        raise FileNotFoundError(f"{folder} has no complete checkpoint")
+    if recipe.source is None:
+        recipe.tokenizer = _tokenizer(run, cli.datamodule)
+    recipe.trainer = cli.trainer  # whose precision the network is built in
+    recipe.configure_model()
+    return run, recipe, checkpoint.load_weights(recipe, path)["global_step"]
+
+
+def _tokenizer(run: Path, data: Any) -> Any:
+    """That of the finished model, or else of the data, for a model that is trained from scratch."""
+    if (run / SAVED_MODEL).is_dir():
+        return AutoTokenizer.from_pretrained(run / SAVED_MODEL, trust_remote_code=False)
+    return data.trained_tokenizer()
 
 
 def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:

@@ -236,7 +236,7 @@ class TokenData(L.LightningDataModule):
         recipe = self.trainer.lightning_module
         if recipe.source and self.vocab_size is not None:
             raise ValueError("data.vocab_size must be null: the source brings its own tokenizer")
-        self.tokenizer = recipe.tokenizer if recipe.source else self._trained_tokenizer()
+        self.tokenizer = recipe.tokenizer if recipe.source else self.trained_tokenizer()
         if self.tokenizer.eos_token_id is None:
             raise ValueError("the source's tokenizer has no end-of-text token, which separates packed documents")
 
@@ -267,7 +267,8 @@ class TokenData(L.LightningDataModule):
         """A document's tokens with what ends it: an end-of-text token, to be learned like any other."""
         return Document([*ids, self.tokenizer.eos_token_id], [*maskable, True])
 
-    def _trained_tokenizer(self) -> Any:
+    def trained_tokenizer(self) -> Any:
+        """The tokenizer of a model without a source, trained on the training split once and kept in the cache."""
         if self.vocab_size is None:
             raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
         folder = self.cache_dir / "tokenizers" / _digest(self.identity(), str(self.vocab_size))
