@@ -1,6 +1,6 @@
 # make demo   the main job on embedded real data          make check      linter, formatter, types
 # make test   the tests not marked slow                   make test-all   also the slow ones
-# make dev    only the environment, .venv
+# make dev    only the environment, .venv                 make chaos      100 kills, an hour (docs/results/reliability.md)
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
@@ -8,7 +8,7 @@ export HF_HUB_OFFLINE ?= 1
 # the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dev demo test test-all test-slow check
+.PHONY: dev demo test test-all test-slow check chaos
 dev: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -33,6 +33,9 @@ test-slow: dev
 	$(BIN)/pytest -m slow
 
 test-all: test test-slow
+
+chaos: dev
+	$(BIN)/python benchmarks/chaos.py --kills 100 --seed 0 --write
 
 check: dev
 	$(BIN)/ruff check .
