@@ -49,7 +49,7 @@ def weights(run: Path) -> dict[str, torch.Tensor]:
 def words(small: Callable[..., list[str]], tmp_path: Path) -> Callable[..., list[str]]:
     """Overrides of a run that is stopped by SIGUSR1 in mid-step, after 3 finished steps, and validates after step 4."""
     (tmp_path / "stopper.py").write_text(STOPPER)
-    return lambda **more: small(trainer__callbacks=CALLBACKS, **more)
+    return lambda **more: small(**{"trainer__callbacks": CALLBACKS, **more})
 
 
 @pytest.fixture
@@ -114,6 +114,37 @@ def test_four_ranks_give_the_losses_of_one(strategy, torchrun, words, one, tmp_p
     done = torchrun(4, "fit", "block_causal", *four, "--run", "four", SPARE="1")
     assert done.returncode == 0, done.stderr
     assert losses(tmp_path / "four") == pytest.approx(losses(one), rel=1e-5)
+
+
+@pytest.mark.parametrize("victim", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("launcher", ["lightning", pytest.param("torchrun", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
+def test_a_rank_that_dies_takes_the_job_down(strategy, launcher, victim, torchrun, dlm, words, row_cache, tmp_path):
+    """No rank waits for it in a collective call until a timeout: all processes of the job are gone, and it resumes."""
+    (tmp_path / "stopper.py").write_text(
+        STOPPER.replace("SIGUSR1", "SIGKILL").replace("trainer.world_size - 1", str(victim))
+    )
+    keep = CALLBACKS.replace("Checkpoints}", "Checkpoints, init_args: {every_n_steps: 2}}")
+    two = words(data__batch_size=2, trainer__devices=2, trainer__strategy=strategy, trainer__callbacks=keep)
+    fit = "fit", "block_causal", *two, "--run", "two"
+    path = {"PYTHONPATH": str(tmp_path)}
+    if launcher == "torchrun":
+        assert torchrun(2, *fit).returncode != 0
+    else:
+        dlm(*fit, cwd=tmp_path, env=path, fails=True)
+    assert not [link for link in Path("/proc").glob("[0-9]*/cwd") if works_in(link) == tmp_path]
+    assert checkpoints(tmp_path / "two") == ["step=2"]
+    if launcher == "lightning":
+        dlm("resume", "two", cwd=tmp_path, env=path | {"SPARE": "1"})
+        assert checkpoints(tmp_path / "two") == ["step=4", "step=6"]
+
+
+def works_in(link: Path) -> Path | None:
+    """A process's working folder, None if it has ended in the meantime."""
+    try:
+        return link.readlink()
+    except OSError:
+        return None
 
 
 # SLURM
