@@ -205,6 +205,8 @@ def disturb(folder: Path, setting: list[str], recipe: str, way: str, kills: int,
                 finish(process, folder)
                 break
             counted[how] += 1
+            if (run / checkpoint.FOLDER / f"step={STEPS}").is_dir():  # killed when all was saved
+                break
         else:
             finish(start(folder, *command), folder)
         if not same(run, whole):
