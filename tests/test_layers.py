@@ -18,6 +18,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption"}),
+    (2, {"conversion"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
