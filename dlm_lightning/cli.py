@@ -48,11 +48,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DLM_DEBUG") == "1":
             raise
-        if runs.is_first_of_node() or _joined():
+        alone = _joined() and not isinstance(error, FloatingPointError)  # which all ranks see, at the same step
+        if runs.is_first_of_node() or alone:
             print(f"dlm: {sentence(error)}", file=sys.stderr)
-        else:  # a launcher ends all ranks when one has ended
-            time.sleep(PATIENCE)
+        else:
+            _leave_last()
         return 1
+
+
+def _leave_last() -> None:
+    """Wait until the first rank of this machine has said why: a launcher ends all ranks when one has ended."""
+    parent = os.getppid()  # the first rank itself, where Lightning started the others
+    for _ in range(10 * PATIENCE):
+        if os.getppid() == parent:
+            time.sleep(0.1)
 
 
 def _joined() -> bool:

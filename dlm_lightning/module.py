@@ -16,6 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
+from dlm_lightning import nonfinite
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
@@ -42,6 +43,8 @@ class Recipe(Conversion):
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         lr_scale: factors of `lr` for the mask token's row and for the embedding.
+        nonfinite: what to do with a step whose loss or gradient is not finite: `stop` the run before it is made, or
+            `skip` it, so that weights and optimizer stay as they are and the schedule goes on.
         **options: see `Conversion`.
     """
 
@@ -59,6 +62,7 @@ class Recipe(Conversion):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: LrScale = LrScale(),
+        nonfinite: nonfinite.Answer = "stop",
         **options: Any,
     ) -> None:
         super().__init__(pattern, **options)
@@ -75,6 +79,7 @@ class Recipe(Conversion):
         self.noise, self.ar_weight = noise, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
+        self.nonfinite = nonfinite
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
         self.validated_step = -1
         self._tally: Tensor | None = None
@@ -135,10 +140,17 @@ class Recipe(Conversion):
         tokens = max(1.0, self.tally.maskable)  # a number, because a DTensor divides by no plain tensor
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         torch._foreach_div_(gradients, tokens)
-        self.log("train/loss", self.tally.loss / tokens, prog_bar=True)
-        self.log("train/grad_norm", total_norm(gradients))
+        loss, norm = self.tally.loss / tokens, total_norm(gradients).item()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
         for share, mean in self.tally.masked_ce.items():
             self.log(f"train/masked_ce/{share}", mean)
+        nonfinite.check(self, {"train/loss": loss, "train/grad_norm": norm}, self.nonfinite)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *how: Any, **options: Any) -> None:
+        """Clip, unless the step was left out: torch's clipping by value fails where there is no gradient."""
+        if any(parameter.grad is not None for parameter in self.denoiser.parameters()):
+            super().configure_gradient_clipping(optimizer, *how, **options)
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""

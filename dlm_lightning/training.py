@@ -139,6 +139,8 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             _pin(cli)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
+    except FloatingPointError:  # of a step that was computed, and is noted in the run
+        raise
     except BaseException:
         if runs.is_first_process() and not (cli and cli.trainer.global_step):
             runs.discard(run)

@@ -19,6 +19,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption"}),
     (2, {"conversion"}),
+    (2, {"nonfinite"}),
     (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),

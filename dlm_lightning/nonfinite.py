@@ -1,0 +1,56 @@
+"""Steps whose loss or gradient is not finite: noted with their samples, and left out or the end of the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from dlm_lightning import shards
+from dlm_lightning.conversion import Conversion
+
+log = logging.getLogger(__name__)
+FOLDER = "nonfinite"  # of a run
+Answer = Literal["stop", "skip"]
+
+
+def check(recipe: Conversion, numbers: dict[str, float], answer: Answer) -> None:
+    """Look at a step's numbers, which are the same on all ranks, before the optimizer uses its gradients.
+
+    Where one is not finite, rank 0 writes `<run>/nonfinite/step_<number>.json`; then the gradients are dropped, so that
+    the optimizer changes nothing, or all ranks raise FloatingPointError.
+    """
+    wrong = [name for name, number in numbers.items() if not math.isfinite(number)]
+    if not wrong:
+        return
+    trainer = recipe.trainer
+    step = trainer.global_step + 1
+    file = Path(trainer.default_root_dir) / FOLDER / f"step_{step:06d}.json"
+    said = f"step {step} gave numbers that are not finite ({', '.join(wrong)})"
+    parameters = broken_gradients(recipe)
+    if trainer.is_global_zero:
+        samples = [sample._asdict() for sample in trainer.datamodule.samples_of(step)]
+        note = {"step": step, "numbers": wrong, "parameters": parameters, "samples": samples}
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(json.dumps(note, indent=1) + "\n")
+        if answer == "skip":
+            log.warning("%s and changes nothing; its samples are in %s", said, file)
+    trainer.strategy.barrier()  # no rank leaves before the file is there
+    if answer == "stop":
+        raise FloatingPointError(
+            f"{said} and was not made; its samples are in {file}; "
+            "with model.nonfinite: skip, such a step changes nothing"
+        )
+    recipe.zero_grad()
+
+
+def broken_gradients(recipe: Conversion) -> list[str]:
+    """The names of the network's parameters whose gradient is not finite; all ranks call it together."""
+    gradients = {name: p.grad for name, p in recipe.denoiser.network.named_parameters() if p.grad is not None}
+    here = torch.stack([~shards.local(gradient)[0].isfinite().all() for gradient in gradients.values()])
+    anywhere = recipe.trainer.strategy.reduce(here.float(), reduce_op="sum").tolist()
+    return [name for name, broken in zip(gradients, anywhere, strict=True) if broken]
