@@ -14,7 +14,6 @@ from dlm_lightning import shards
 from dlm_lightning.conversion import Conversion
 
 log = logging.getLogger(__name__)
-FOLDER = "nonfinite"  # of a run
 Answer = Literal["stop", "skip"]
 
 
@@ -29,23 +28,28 @@ def check(recipe: Conversion, numbers: dict[str, float], answer: Answer) -> None
         return
     trainer = recipe.trainer
     step = trainer.global_step + 1
-    file = Path(trainer.default_root_dir) / FOLDER / f"step_{step:06d}.json"
+    note = file(Path(trainer.default_root_dir), step)
     said = f"step {step} gave numbers that are not finite ({', '.join(wrong)})"
     parameters = broken_gradients(recipe)
     if trainer.is_global_zero:
         samples = [sample._asdict() for sample in trainer.datamodule.samples_of(step)]
-        note = {"step": step, "numbers": wrong, "parameters": parameters, "samples": samples}
-        file.parent.mkdir(exist_ok=True)
-        file.write_text(json.dumps(note, indent=1) + "\n")
+        content = {"step": step, "numbers": wrong, "parameters": parameters, "samples": samples}
+        note.parent.mkdir(exist_ok=True)
+        note.write_text(json.dumps(content, indent=1) + "\n")
         if answer == "skip":
-            log.warning("%s and changes nothing; its samples are in %s", said, file)
+            log.warning("%s and changes nothing; its samples are in %s", said, note)
     trainer.strategy.barrier()  # no rank leaves before the file is there
     if answer == "stop":
         raise FloatingPointError(
-            f"{said} and was not made; its samples are in {file}; "
+            f"{said} and was not made; its samples are in {note}; "
             "with model.nonfinite: skip, such a step changes nothing"
         )
     recipe.zero_grad()
+
+
+def file(run: Path, step: int) -> Path:
+    """Where the step of this number, from 1, is noted."""
+    return run / "nonfinite" / f"step_{step:06d}.json"
 
 
 def broken_gradients(recipe: Conversion) -> list[str]:

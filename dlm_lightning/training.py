@@ -184,14 +184,18 @@ def validate(folder: str) -> Path:
     return run
 
 
-def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
-    """A run folder's trainer, model and data as its config describes them, wherever the folder lies now."""
+def reopen(folder: str, *overrides: str, into: str | None = None) -> tuple[Path, LightningCLI]:
+    """A run folder's trainer, model and data as its config describes them, wherever the folder lies now.
+
+    What the trainer writes goes there, or `into` another folder.
+    """
     run, origin = runs.open_run(folder)
     catalog.make_importable(
         catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"])
     )
     config = yaml.safe_load((run / runs.CONFIG).read_text())
-    return run, parse(_moved(config, config["trainer"].pop("default_root_dir"), str(run)), overrides, run)
+    config = _moved(config, config["trainer"].pop("default_root_dir"), str(run))
+    return run, parse(config, overrides, into or run)
 
 
 def _moved(value: Any, then: str, now: str) -> Any:

@@ -221,6 +221,19 @@ def test_a_note_names_the_parameters(typed, spoiled, tmp_path, what):
         assert NORM in note["parameters"] and len(note["parameters"]) > 20
 
 
+def test_a_step_that_stopped_its_run_is_made_again(typed, spoiled, tmp_path):
+    assert typed(*spoiled(at=3, what=NORM), cwd=tmp_path).code == 1
+    before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
+    said = typed("replay", "run", "--step", 3, cwd=tmp_path)
+    assert (said.code, said.err) == (0, "")
+    assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
+    assert "  train/grad_norm nan: " in said.out and "  train/loss nan: " not in said.out
+    assert f"not finite; parameters whose gradient is not:\n    {NORM}\n" in said.out
+    note = json.loads((tmp_path / "run" / "nonfinite" / "step_000003.json").read_text())
+    table = [line.split() for line in said.out.splitlines()[-len(note["samples"]) :]]
+    assert table == [[str(number) for number in sample.values()] for sample in note["samples"]]
+
+
 def test_a_second_try_that_skips_goes_on_from_the_checkpoint_of_the_one_that_stopped(typed, spoiled, tmp_path):
     typed(*spoiled(at=3), cwd=tmp_path)
     config = tmp_path / "run" / "config.yaml"
