@@ -48,7 +48,7 @@ def done(run: Path) -> bool:
     from yaml import safe_load
 
     steps = safe_load((run / "config.yaml").read_text())["trainer"]["max_steps"]
-    return (run / "checkpoints" / f"step={steps}.ckpt").exists()
+    return (run / "checkpoints" / f"step={steps}").exists()
 
 
 def validations(run: Path) -> list[dict[str, str]]:

@@ -1,21 +1,36 @@
-"""Checkpoints of a run: when they are written, which is the newest complete one, and its weights without a trainer."""
+"""Checkpoints of a run: written whole or not at all, the newest complete one, and its content for any strategy.
+
+A checkpoint is a folder, `<run>/checkpoints/step=100`: `state.ckpt`, which is Lightning's checkpoint, one file or under
+FSDP2 a folder of shards, and `manifest.json`, which is written last. A name that begins with a dot is unfinished.
+"""
 
 from __future__ import annotations
 
 import io
+import logging
+import os
 import pickle
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import lightning as L
 import torch
 import torch.distributed.checkpoint as dcp
-from lightning.pytorch.callbacks import ModelCheckpoint
+from lightning.fabric.plugins.io.checkpoint_io import CheckpointIO
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import _EmptyStateDictLoadPlanner
 from torch.distributed.checkpoint.metadata import BytesStorageMetadata
+from torch.distributed.checkpoint.state_dict_loader import _load_state_dict
 
-from dlm_lightning import interruption
+from dlm_lightning import manifest
 
-FOLDER = "checkpoints"
+log = logging.getLogger(__name__)
+FOLDER, STATE = "checkpoints", "state.ckpt"
+FACTS = "dlm_lightning"  # the key under which every recipe states what a continued run must share
 _SHARDED_META = "meta.pt"  # Lightning writes it last into a sharded checkpoint's folder
 _INDEX = ".metadata"  # torch's own, a pickle that says what lies where in the shards
 _INDEX_NAMES = {
@@ -28,55 +43,121 @@ _INDEX_NAMES = {
     },
     "pathlib": {"Path", "PosixPath", "PurePosixPath"},
 }
-_FACTS = "dlm_lightning"  # the key under which every recipe states what it is
+
+# Writing
 
 
-class Checkpoints(ModelCheckpoint):
-    """Keeps the newest checkpoints of a run in `<run>/checkpoints`, and always that of the last step.
+def write(trainer: L.Trainer, run: Path, keep: int) -> Path:
+    """Save the trainer's step, all ranks together, and keep the newest `keep` complete checkpoints.
 
-    After a SIGUSR1 to any rank, at whatever moment, the next optimizer step to finish is the last one for now: all
-    ranks save it, make the validation that is due after it, if any, and leave by SystemExit with exit code 75.
-
-    Args:
-        every_n_steps: optimizer steps between checkpoints.
-        keep: how many to keep.
+    Written beside, flushed to disk, completed by the manifest, renamed. OSError on all ranks if any of them fails; then
+    what was there before is still there.
     """
+    folder, step = run / FOLDER, trainer.global_step
+    whole, beside = folder / f"step={step}", folder / f".step={step}"
+    first = trainer.is_global_zero
+    files: list[manifest.Files] = [{}] * trainer.world_size
+    with _together(trainer, whole):
+        if first:
+            _clear(folder)
+            beside.mkdir(parents=True)
+    with _together(trainer, whole):
+        content: Any = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        facts = content[FACTS]
+        trainer.strategy.save_checkpoint(content, beside / STATE)
+    with _together(trainer, whole):
+        files[trainer.global_rank] = manifest.describe(beside, trainer.global_rank, trainer.world_size)
+    if trainer.world_size > 1:
+        torch.distributed.all_gather_object(files, files[trainer.global_rank])
+    with _together(trainer, whole):
+        if first:
+            manifest.write(
+                beside,
+                {name: measured for part in files for name, measured in part.items()},
+                step=step,
+                consumed_samples=step * facts["global batch size"],
+                world_size=trainer.world_size,
+                strategy=type(trainer.strategy).__name__,
+                recipe=facts["recipe"],
+                source=facts["model.source"],
+            )
+            if whole.exists():  # damaged, or this run would not have come here again
+                whole.rename(folder / f".step={step}.before")
+            beside.rename(whole)
+            manifest.flush(folder)
+            for path in [path for _, path in by_step(folder, at_most=step) if (path / manifest.NAME).is_file()][keep:]:
+                path.rename(path.with_name(f".{path.name}"))
+            _clear(folder)
+    return whole
 
-    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
-        if every_n_steps < 1 or keep < 1:
-            raise ValueError("Checkpoints: every_n_steps and keep must be at least 1")
-        super().__init__(
-            filename="{step}", monitor="step", mode="max", save_top_k=keep, every_n_train_steps=every_n_steps
-        )
 
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        self.dirpath = str(Path(trainer.default_root_dir) / FOLDER)
-        super().setup(trainer, pl_module, stage)
+@contextmanager
+def _together(trainer: L.Trainer, path: Path) -> Iterator[None]:
+    """Fail on all ranks if the body fails on one, so that none waits for another that has given up."""
+    why = None
+    try:
+        yield
+    except (OSError, RuntimeError, CheckpointException) as error:  # torch tells of a full disk by a RuntimeError
+        failures = error.failures.values() if isinstance(error, CheckpointException) else ()
+        why = next((str(failed) for failed, _ in failures), str(error)).splitlines()[0]
+    said = [why]
+    if trainer.world_size > 1:
+        said *= trainer.world_size
+        torch.distributed.all_gather_object(said, why)
+    if reason := next(filter(None, said), None):
+        raise OSError(f"{path} could not be saved: {reason}")
 
-    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        super().on_train_start(trainer, pl_module)
-        self._step, self._leaving = trainer.global_step, False
 
-    def on_train_batch_end(self, trainer: L.Trainer, *rest: Any) -> None:
-        super().on_train_batch_end(trainer, *rest)
-        if trainer.global_step == self._step or trainer.global_step >= trainer.max_steps:
-            return  # a micro-batch without a step, or nothing left to make room for
-        self._step = trainer.global_step
-        self._leaving = trainer.strategy.reduce_boolean_decision(interruption.asked(), all=False)
-        if self._leaving:
-            self._save_step(trainer)
+def _clear(folder: Path) -> None:
+    """Remove what is unfinished or given up."""
+    for path in folder.glob(".step=*"):
+        shutil.rmtree(path)
 
-    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
-        """Leave only here: Lightning logs and validates a step after `on_train_batch_end`, a resume does neither."""
-        if self._leaving:
-            raise SystemExit(interruption.EXIT_CODE)
 
-    def on_train_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._save_step(trainer)
+# Finding
 
-    def _save_step(self, trainer: L.Trainer) -> None:
-        if trainer.global_step > self._last_global_step_saved:
-            self._save_topk_checkpoint(trainer, self._monitor_candidates(trainer))
+
+def newest(run: Path, before: int | None = None) -> Path | None:
+    """The complete checkpoint of a run with the most steps, of those below `before`; None if it has none at all.
+
+    Says which newer ones it passes over and why; ValueError if it would have to pass over all of them.
+    """
+    why = ""
+    for _, path in by_step(run / FOLDER, None if before is None else before - 1):
+        try:
+            manifest.verify(path)
+        except (ValueError, OSError) as error:
+            log.info("passed over: %s", error)
+            why = why or str(error)
+        else:
+            return path
+    if why:
+        raise ValueError(f"no checkpoint in {run / FOLDER} is complete: {why}")
+    return None
+
+
+def steps(path: Path) -> int:
+    """How many optimizer steps a complete checkpoint has made."""
+    return manifest.read(path)["step"]
+
+
+def by_step(folder: Path, at_most: int | None = None) -> list[tuple[int, Path]]:
+    """What lies in a run's `checkpoints`, most steps first; by name where the manifest does not tell."""
+    found = []
+    for path in folder.iterdir() if folder.is_dir() else ():
+        if path.name.startswith("."):
+            continue
+        try:
+            step = steps(path)
+        except (ValueError, OSError):
+            number = re.search(r"\d+", path.name)
+            step = int(number[0]) if number else -1
+        if at_most is None or step <= at_most:
+            found.append((step, path))
+    return sorted(found, reverse=True)
+
+
+# Reading
 
 
 class _IndexUnpickler(pickle.Unpickler):
@@ -102,45 +183,105 @@ def _check_shards(folder: Path) -> None:
                 torch.load(io.BytesIO(file.read(place.length)), weights_only=True)
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A checkpoint's content, tensors and plain values only; of a sharded one, all but its tensors.
+def load(state: Path) -> dict[str, Any]:
+    """Lightning's checkpoint, tensors and plain values only, mapped from the file; of shards, all but the tensors.
 
-    Raises ValueError for one that holds anything else, is damaged, or was not written by a recipe.
+    Raises ValueError, naming the checkpoint, for one that holds anything else or was not written by a recipe.
     """
-    file = path / _SHARDED_META if path.is_dir() else path
+    file = state / _SHARDED_META if state.is_dir() else state
     if not file.is_file():
-        raise FileNotFoundError(f"there is no checkpoint {path}")
+        raise FileNotFoundError(f"there is no checkpoint {state.parent}")
     try:
-        content = torch.load(file, map_location="cpu", weights_only=True, mmap=not path.is_dir())
-        if path.is_dir():
-            _check_shards(path)
+        content = torch.load(file, map_location="cpu", weights_only=True, mmap=not state.is_dir())
+        if state.is_dir():
+            _check_shards(state)
     except pickle.UnpicklingError as error:
-        raise ValueError(f"{path} holds more than tensors and plain values, which could run code; refused") from error
-    except (RuntimeError, OSError, EOFError, KeyError, AttributeError) as error:  # OSError: cut off near its end
-        raise ValueError(f"{path} is damaged or not a checkpoint") from error
-    if not isinstance(content, dict) or _FACTS not in content:
-        raise ValueError(f"{path} was not written by dlm_lightning")
+        raise ValueError(
+            f"{state.parent} holds more than tensors and plain values, which could run code; refused"
+        ) from error
+    except (RuntimeError, OSError, EOFError, KeyError, AttributeError) as error:
+        raise ValueError(f"{state.parent} is damaged or not a checkpoint") from error
+    if not isinstance(content, dict) or FACTS not in content:
+        raise ValueError(f"{state.parent} was not written by dlm_lightning")
     return content
 
 
-def newest(run: Path) -> Path | None:
-    """The complete checkpoint of a run with the most steps, or None; damaged ones are passed over."""
-    found = []
-    for path in (run / FOLDER).glob("*.ckpt"):
-        try:
-            found.append((read(path)["global_step"], path))
-        except (FileNotFoundError, ValueError):
-            continue
-    return max(found)[1] if found else None
+def read(path: Path) -> dict[str, Any]:
+    """`load` for a checkpoint's folder that is first compared with its manifest; ValueError if it is incomplete."""
+    if not path.is_dir():
+        raise FileNotFoundError(f"there is no checkpoint {path}, which would be a folder such as checkpoints/step=100")
+    manifest.verify(path)
+    return load(path / STATE)
+
+
+def whole(state: Path) -> dict[str, Any]:
+    """`load` with all tensors: shards are put together in this process, as one file would hold them."""
+    content = load(state)
+    if not state.is_dir():
+        return content
+    tensors: dict[str, Any] = {}
+    _load_state_dict(tensors, dcp.FileSystemReader(state), planner=_EmptyStateDictLoadPlanner(), no_dist=True)
+    optimizers = [tensors[key] for key in sorted(tensors) if key.startswith("optimizer_")]
+    return {
+        **content,
+        "state_dict": tensors["state_dict"],
+        "optimizer_states": [_by_number(optimizer) for optimizer in optimizers],
+    }
+
+
+def _by_number(state: dict[str, Any]) -> dict[str, Any]:
+    """An optimizer's state by the parameters' places in its groups, as torch's own optimizers have it."""
+    number = {name: n for n, name in enumerate(name for group in state["param_groups"] for name in group["params"])}
+    return {
+        "state": {number[name]: values for name, values in state["state"].items()},
+        "param_groups": [{**g, "params": [number[name] for name in g["params"]]} for g in state["param_groups"]],
+    }
+
+
+def by_name(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
+    """An optimizer's state by parameters' names, group by group, from one by their places in the groups."""
+    flat = [name for group in names for name in group]
+    return {
+        "state": {flat[number]: values for number, values in state["state"].items()},
+        "param_groups": [{**g, "params": own} for g, own in zip(state["param_groups"], names, strict=True)],
+    }
 
 
 def load_weights(recipe: L.LightningModule, path: Path) -> dict[str, Any]:
     """Load a checkpoint's weights into a recipe whose model is built; returns what else the checkpoint says."""
-    content = read(path)
-    if path.is_dir():
-        state = {"state_dict": recipe.state_dict()}
-        dcp.load(state, checkpoint_id=str(path))
-        recipe.load_state_dict(state["state_dict"])
+    state = path / STATE
+    content = load(state)
+    if state.is_dir():
+        weights = {"state_dict": recipe.state_dict()}
+        dcp.load(weights, checkpoint_id=str(state))
+        recipe.load_state_dict(weights["state_dict"])
     else:
         recipe.load_state_dict(content["state_dict"])
     return content
+
+
+class ElasticIO(CheckpointIO):
+    """Writes one file, and reads one file or shards, for strategies in which each process holds the whole network."""
+
+    def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
+        torch.save(checkpoint, path)  # straight to disk; Lightning's own makes two copies in memory first
+
+    def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
+        return whole(Path(path))
+
+    def remove_checkpoint(self, path: Any) -> None:
+        os.remove(path)
+
+
+def rewind(content: dict[str, Any], accumulate: int) -> None:
+    """Set Lightning's counters to those at the end of the checkpoint's step, for `accumulate` micro-batches a step.
+
+    They then are a function of the step, whoever wrote the checkpoint.
+    """
+    step = content["global_step"]
+    batches = step * accumulate
+    loop = content["loops"]["fit_loop"]
+    loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # Lightning adds one on a restart
+    for counter in ("total", "current"):
+        seen = dict.fromkeys(("ready", "started", "processed"), batches)
+        loop["epoch_loop.batch_progress"][counter] |= {**seen, "completed": batches - 1}

@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile, zip_longest
@@ -48,20 +47,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except Exception as error:
         if os.environ.get("DLM_DEBUG") == "1":
             raise
-        alone = _joined() and not isinstance(error, FloatingPointError)  # which all ranks see, at the same step
-        if runs.is_first_of_node() or alone:
+        if runs.is_first_of_node() or _joined():
             print(f"dlm: {sentence(error)}", file=sys.stderr)
-        else:
-            _leave_last()
+        else:  # a launcher ends all ranks when one has ended
+            interruption.outlive(os.getppid(), PATIENCE)
         return 1
-
-
-def _leave_last() -> None:
-    """Wait until the first rank of this machine has said why: a launcher ends all ranks when one has ended."""
-    parent = os.getppid()  # the first rank itself, where Lightning started the others
-    for _ in range(10 * PATIENCE):
-        if os.getppid() == parent:
-            time.sleep(0.1)
 
 
 def _joined() -> bool:
@@ -80,12 +70,16 @@ def _dispatch(argv: list[str]) -> int:
     commands.add_parser("list", help="recipes, data modules and callbacks, and where each comes from")
     commands.add_parser("fit", help="train a recipe; `dlm fit --help` says more")
     for name, about in (
-        ("resume", "continue a run from its newest complete checkpoint"),
         ("validate", "validate a run's newest checkpoint"),
         ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
     commands.add_parser("replay", help="make one step of a run again and say what it gave", add_help=False)
+    resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
+    resume.add_argument("run", metavar="RUN", help="a run folder")
+    resume.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="for this time only, such as trainer.devices=2"
+    )
     probe = commands.add_parser("probe", help="whether a source converts, and what it is, before anything is trained")
     probe.add_argument("source", metavar="SOURCE", help="a hub id, a local folder, or a run folder")
     probe.add_argument(
@@ -123,7 +117,9 @@ def _dispatch(argv: list[str]) -> int:
         return 0
     from dlm_lightning import training
 
-    return _report(getattr(training, args.command)(args.run))
+    if args.command == "resume":
+        return _report(training.resume(args.run, args.overrides))
+    return _report(training.validate(args.run))
 
 
 def _fit(argv: list[str]) -> int:

@@ -17,6 +17,7 @@ from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from dlm_lightning import nonfinite
+from dlm_lightning.checkpoint import FACTS, rewind
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
@@ -26,7 +27,6 @@ from dlm_lightning.tally import Tally, count, total_norm
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups
 
 log = logging.getLogger(__name__)
-FACTS = "dlm_lightning"  # where a checkpoint keeps what a continued run must share
 
 
 class Recipe(Conversion):
@@ -81,7 +81,6 @@ class Recipe(Conversion):
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
         self.nonfinite = nonfinite
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
-        self.validated_step = -1
         self._tally: Tensor | None = None
 
     # What a recipe decides
@@ -161,6 +160,11 @@ class Recipe(Conversion):
             if steps > self.trainer.max_steps:
                 log.info("note: %s lasts %d steps, the whole run %d", key, steps, self.trainer.max_steps)
 
+    def on_train_batch_end(self, *_: Any) -> None:
+        """Have Lightning validate the last step, whatever `trainer.val_check_interval` is."""
+        if self.trainer.global_step >= self.trainer.max_steps:
+            self.trainer.should_stop = True
+
     def on_validation_epoch_start(self) -> None:
         for metric in self.metrics.values():
             metric.reset()
@@ -186,7 +190,6 @@ class Recipe(Conversion):
         self.metrics[name].update(total / count.clamp(min=1), weight=count)
 
     def on_validation_epoch_end(self) -> None:
-        self.validated_step = self.trainer.global_step
         for name, metric in self.metrics.items():
             if metric.update_called:
                 self.log(f"val/{name}", metric.compute(), prog_bar=name == "nelbo")
@@ -227,7 +230,6 @@ class Recipe(Conversion):
             "model.lora": asdict(self.lora) if self.lora else None,
             "model.freeze": self.frozen,
             "trainer.max_steps": self.trainer.max_steps,
-            "trainer.accumulate_grad_batches": self.trainer.accumulate_grad_batches,
             **self.trainer.datamodule.facts(),
         }
 
@@ -235,7 +237,7 @@ class Recipe(Conversion):
         checkpoint[FACTS] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another recipe, source, block size, accumulation …, naming the difference."""
+        """Refuse a checkpoint of another recipe, source, batch …, naming the difference; or go on where it stood."""
         if FACTS not in checkpoint:
             raise ValueError("this checkpoint was not written by dlm_lightning")
         for name, mine in self.facts().items():
@@ -244,3 +246,4 @@ class Recipe(Conversion):
                 raise ValueError(f"the checkpoint was made with {name} {theirs}, this run has {mine}")
         if self.trainer.state.fn == "fit" and checkpoint["global_step"] >= self.trainer.max_steps:
             raise ValueError(f"the checkpoint is finished: it has made all of its {checkpoint['global_step']} steps")
+        rewind(checkpoint, self.trainer.accumulate_grad_batches)

@@ -13,14 +13,12 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import lightning as L
-from lightning.pytorch.strategies import ModelParallelStrategy
 from rich.console import Console
 from rich.table import Table
 
 from dlm_lightning import checkpoint, nonfinite, runs
 from dlm_lightning.data.stream import Sample
-from dlm_lightning.module import FACTS
-from dlm_lightning.training import quiet, reopen
+from dlm_lightning.training import part, quiet, reopen
 
 ALONE = [  # nothing but the steps themselves
     f"--trainer.{setting}"
@@ -90,14 +88,14 @@ def replay(folder: str, step: int, overrides: Sequence[str] = ()) -> Replay:
         if not 1 <= step <= trainer.max_steps:
             raise ValueError(f"--step must be one of the run's steps, 1 to {trainer.max_steps}, not {step}")
         start, batch = beginning(run, step)
-        if start and start.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-            raise ValueError(f"{start} is a sharded checkpoint, which needs trainer.strategy=fsdp2")
         if batch:
             data.batch_size = _share(batch, trainer.world_size * trainer.accumulate_grad_batches)
         recipe.nonfinite = "skip"
         last = _Last(step)
         trainer.callbacks.append(last)
-        trainer.fit(recipe, data, ckpt_path=str(start) if start else None, weights_only=True)
+        state = str(start / checkpoint.STATE) if start else None
+        trainer.fit(recipe, data, ckpt_path=state, weights_only=True)
+        part()
         note = nonfinite.file(Path(scratch), step)
         broken = json.loads(note.read_text())["parameters"] if note.is_file() else []
     return Replay(step, start, last.numbers, broken, data.samples_of(step), _logged(run, step))
@@ -105,16 +103,16 @@ def replay(folder: str, step: int, overrides: Sequence[str] = ()) -> Replay:
 
 def beginning(run: Path, step: int) -> tuple[Path | None, int | None]:
     """The newest complete checkpoint before a step, and the global batch size that the run's checkpoints state."""
-    found, batch = [], None
-    for path in (run / checkpoint.FOLDER).glob("*.ckpt"):
-        try:
-            content = checkpoint.read(path)
-        except (FileNotFoundError, ValueError):
-            continue
-        batch = content[FACTS]["global batch size"]
-        if content["global_step"] < step:
-            found.append((content["global_step"], path))
-    return max(found)[1] if found else None, batch
+    start = _newest(run, before=step)
+    some = start or _newest(run)
+    return start, checkpoint.load(some / checkpoint.STATE)[checkpoint.FACTS]["global batch size"] if some else None
+
+
+def _newest(run: Path, before: int | None = None) -> Path | None:
+    try:
+        return checkpoint.newest(run, before)
+    except ValueError:  # none is complete; then the beginning will do
+        return None
 
 
 def _share(batch: int, parts: int) -> int:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.checkpoint.state_dict import (
+    StateDictOptions,
+    set_model_state_dict,
+    set_optimizer_state_dict,
+)
+from torch.distributed.fsdp import FSDPModule, fully_shard
 from transformers import PreTrainedModel
 
-from dlm_lightning import lora, shards
+from dlm_lightning import checkpoint, lora, shards
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source, decoder_layers, initial_row
 
@@ -44,6 +50,23 @@ class FSDP2(ModelParallelStrategy):
         if source is not None:
             network.to_empty(device=self.root_device)
             fill(network, source, mask_row)
+
+    def load_checkpoint(self, checkpoint_path: Any, weights_only: bool | None = None) -> dict[str, Any]:
+        """Fill each rank's shards from a checkpoint of shards, of however many ranks, or of one file."""
+        assert self.model is not None
+        for module in self.model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()  # what a forward pass before training left gathered
+        path = Path(self.broadcast(checkpoint_path))
+        content, options = checkpoint.load(path), StateDictOptions(full_state_dict=True)
+        if path.is_dir():
+            return super().load_checkpoint(path, weights_only=True)
+        set_model_state_dict(self.model, content.pop("state_dict"), options=options)
+        name = {id(parameter): name for name, parameter in self.model.named_parameters()}
+        for optimizer, state in zip(self.optimizers, content.pop("optimizer_states"), strict=False):
+            names = [[name[id(parameter)] for parameter in group["params"]] for group in optimizer.param_groups]
+            set_optimizer_state_dict(self.model, optimizer, checkpoint.by_name(state, names), options=options)
+        return content
 
 
 @torch.no_grad()

@@ -7,19 +7,22 @@ import logging
 import math
 import os
 import re
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 from lightning import LightningDataModule
 from lightning.fabric.plugins.environments import LightningEnvironment, SLURMEnvironment
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
-from lightning.pytorch.strategies import ModelParallelStrategy
+from lightning.pytorch.strategies import Strategy
 from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcessingLauncher
+from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
 from transformers.utils.logging import disable_progress_bar
@@ -36,6 +39,7 @@ FROM_ENVIRONMENT = (
     "a value from the environment (oc.env) would be written to config.yaml; write the value itself, and leave secrets "
     "to the library that reads them from the environment, such as HF_TOKEN"
 )
+PATIENCE = 10  # seconds that a rank waits for the one that started it to leave before it
 PLACEHOLDER = "runs/RECIPE/NUMBER"
 WITHOUT_DEVICES = [  # to look at a recipe or a run on a machine that could not train it
     f"--trainer.{setting}"
@@ -89,6 +93,9 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
+    cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # see interruption
+    if type(cli.trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
+        cli.trainer.strategy.checkpoint_io = checkpoint.ElasticIO()
     return cli
 
 
@@ -156,12 +163,15 @@ def _pin(cli: LightningCLI) -> None:
     cli.datamodule.pin(data)
 
 
-def resume(folder: str) -> Path:
-    """Continue a run from its newest complete checkpoint, or from step 0 if it has none; refuses a finished run."""
+def resume(folder: str, overrides: Sequence[str] = ()) -> Path:
+    """Continue a run from its newest complete checkpoint, or from step 0 if it has none; refuses a finished run.
+
+    Overrides hold for this time only: another number of devices, another strategy.
+    """
     quiet()
-    run, cli = reopen(folder)
+    run, cli = reopen(folder, *overrides)
     start = checkpoint.newest(run)
-    steps = checkpoint.read(start)["global_step"] if start else 0
+    steps = checkpoint.load(start / checkpoint.STATE)["global_step"] if start else 0
     if steps >= cli.trainer.max_steps:
         raise ValueError(f"{folder} is finished: it has made all {steps} of its {cli.trainer.max_steps} steps")
     if start is None:
@@ -180,7 +190,7 @@ def validate(folder: str) -> Path:
     start = checkpoint.newest(run)
     if start is None:
         raise FileNotFoundError(f"{folder} has no complete checkpoint to validate")
-    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(start), weights_only=True)
+    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(start / checkpoint.STATE), weights_only=True)
     return run
 
 
@@ -210,30 +220,49 @@ def _moved(value: Any, then: str, now: str) -> Any:
 
 def _train(cli: LightningCLI, start: Path | None) -> None:
     trainer = cli.trainer
-    if start and start.is_dir() and not isinstance(trainer.strategy, ModelParallelStrategy):
-        raise ValueError(f"{start} is a sharded checkpoint, which needs trainer.strategy=fsdp2")
-    try:
-        if start is None:
-            trainer.validate(cli.model, cli.datamodule, verbose=False)
-            if "val/ar_nll" in trainer.callback_metrics:  # not with limit_val_batches: 0
-                log.info(step_zero(cli.model, cli.datamodule, trainer.callback_metrics))
-        trainer.fit(cli.model, cli.datamodule, ckpt_path=str(start) if start else None, weights_only=True)
-        if cli.model.validated_step < trainer.global_step:
-            trainer.validate(cli.model, cli.datamodule, verbose=False)
-    except SystemExit as stop:  # Checkpoints' answer to SIGUSR1, Lightning's to SIGINT, and without a code to SIGTERM
-        kept = checkpoint.newest(Path(trainer.default_root_dir))
-        since = f"step {checkpoint.read(kept)['global_step']}" if kept else "the beginning"
-        onward = f" at step {trainer.global_step}; `dlm resume {trainer.default_root_dir}` goes on from {since}"
-        if runs.is_first_process():
-            print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
-        if stop.code == interruption.EXIT_CODE:
+    state = str(start / checkpoint.STATE) if start else None
+    with interruption.listen():
+        try:
+            if start is None:
+                trainer.validate(cli.model, cli.datamodule, verbose=False)
+                if "val/ar_nll" in trainer.callback_metrics:  # not with limit_val_batches: 0
+                    log.info(step_zero(cli.model, cli.datamodule, trainer.callback_metrics))
+            trainer.fit(cli.model, cli.datamodule, ckpt_path=state, weights_only=True)
+        except SystemExit:
+            _leave(cli)
             raise
-        raise SystemExit(143 if stop.code is None else 130) from stop
+        except FloatingPointError:  # on all ranks, which then leave like those of any refusal
+            part()
+            raise
+    part()
     if trainer.global_step < trainer.max_steps and not trainer.should_stop:
         raise ValueError(
             f"the run ended at step {trainer.global_step} of {trainer.max_steps}: the trainer's limit_train_batches, "
             "overfit_batches or max_epochs is shorter than its max_steps"
         )
+
+
+def _leave(cli: LightningCLI) -> None:
+    """After a signal: say where the run stands, and leave in an order that no launcher takes for a failure."""
+    trainer = cli.trainer
+    run, launcher = Path(trainer.default_root_dir), trainer.strategy.launcher
+    kept = checkpoint.by_step(run / checkpoint.FOLDER)
+    since = f"step {kept[0][0]}" if kept else "the beginning"
+    onward = f" at step {trainer.global_step}; `dlm resume {run}` goes on from {since}"
+    if runs.is_first_process():
+        print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
+    if trainer.global_step:
+        part()
+    elif isinstance(launcher, _SubprocessScriptLauncher):  # the other ranks may wait for this one
+        launcher.kill(signal.SIGKILL)
+    if trainer.local_rank and isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment):
+        interruption.outlive(os.getppid(), PATIENCE)
+
+
+def part() -> None:
+    """End what connects the ranks; a process that exits with it is aborted now and then."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
 
 
 def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:

@@ -355,7 +355,7 @@ def refused(typed: Callable[..., Said]) -> Callable[..., str]:
     return run
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def small(source_folder: Callable[..., Path], corpus: Path) -> Callable[..., list[str]]:
     """Overrides that make a shipped recipe a matter of seconds."""
 
@@ -383,7 +383,7 @@ def finished(typed: Callable[..., Said], small: Callable[..., list[str]], tmp_pa
     said = typed(
         "fit",
         "block_causal",
-        *small(trainer__callbacks="[{class_path: dlm_lightning.checkpoint.Checkpoints}]"),
+        *small(trainer__callbacks="[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"),
         "--run",
         "done",
         cwd=tmp_path,

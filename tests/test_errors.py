@@ -12,7 +12,7 @@ import yaml
 from dlm_lightning.errors import sentence
 
 SHIPPED = Path(__file__).parents[1] / "recipes" / "block_causal.yaml"
-CHECKPOINTS = "dlm_lightning.checkpoint.Checkpoints"
+CHECKPOINTS = "dlm_lightning.callbacks.checkpoints.Checkpoints"
 
 
 def nested(key: str, value: object) -> dict:
@@ -173,7 +173,7 @@ def test_a_run_that_ends_early_says_so_and_keeps_what_it_has(typed, small, tmp_p
     said = typed("fit", "block_causal", *small(trainer__limit_train_batches=3), "--run", "a", cwd=tmp_path)
     assert said.code == 1
     assert said.err.startswith("dlm: the run ended at step 3 of 6: the trainer's limit_train_batches")
-    assert (tmp_path / "a" / "checkpoints" / "step=3.ckpt").is_file()
+    assert (tmp_path / "a" / "checkpoints" / "step=3").is_dir()
 
 
 @pytest.mark.parametrize(

@@ -29,7 +29,7 @@ OPTIONS = (
     *("model.warmup_steps=0", "trainer.enable_progress_bar=false", "trainer.logger=false"),
 )
 CALLBACKS = """
-    - {class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 1, keep: 2}}
+    - {class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 1, keep: 2}}
     - {class_path: dlm_lightning.callbacks.weight_drift.WeightDrift, init_args: {every_n_steps: 1}}
     - {class_path: dlm_lightning.callbacks.save_pretrained.SavePretrained}
 """

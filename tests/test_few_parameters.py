@@ -16,7 +16,7 @@ from dlm_lightning.recipes.complementary_mask import ComplementaryMask
 from dlm_lightning.recipes.full_bidirectional import FullBidirectional
 
 SAVING = (
-    "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}, "
+    "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}, "
     "{class_path: dlm_lightning.callbacks.weight_drift.WeightDrift}, "
     "{class_path: dlm_lightning.callbacks.save_pretrained.SavePretrained}]"
 )
@@ -82,7 +82,7 @@ def test_fsdp2_clips_trains_saves_and_measures_as_one_process(ranks, tied, optio
         assert numbers(run, name)
     if ranks == 2:
         shutil.copytree(run, tmp_path / "cut")
-        for left_over in ("checkpoints/step=6.ckpt", "checkpoints/step=4.ckpt", "model"):
+        for left_over in ("checkpoints/step=6", "checkpoints/step=4", "model"):
             shutil.rmtree(tmp_path / "cut" / left_over)
         dlm("resume", "cut", cwd=tmp_path)
         assert metrics(run) == metrics(tmp_path / "cut")
@@ -111,7 +111,7 @@ def test_a_resume_is_exact_and_the_run_is_summed_up(precision, one, typed, tmp_p
     run = one("whole", trainer__precision=precision, **options)
     shutil.copytree(run, tmp_path / "cut")
     for step in (4, 6):
-        (tmp_path / "cut" / "checkpoints" / f"step={step}.ckpt").unlink()
+        shutil.rmtree(tmp_path / "cut" / "checkpoints" / f"step={step}")
     assert typed("resume", "cut", cwd=tmp_path).code == 0
     assert metrics(run) == metrics(tmp_path / "cut")
     assert apart(run, tmp_path / "cut") == 0
@@ -132,7 +132,7 @@ def test_a_resume_is_exact_and_the_run_is_summed_up(precision, one, typed, tmp_p
 def test_a_checkpoint_of_other_parameters_is_refused(change, message, one, typed, small, tmp_path, source_folder):
     one("whole", trainer__max_steps=2, trainer__val_check_interval=2, **ADAPTED)
     words = small(model__source=source_folder("qwen3"), **{**ADAPTED, **change, "trainer__max_steps": 2})
-    start = ["--ckpt_path", "whole/checkpoints/step=2.ckpt"]
+    start = ["--ckpt_path", "whole/checkpoints/step=2"]
     said = typed("fit", "block_causal", *words, "trainer.val_check_interval=2", *start, cwd=tmp_path)
     assert said.code == 1 and message in said.err
 

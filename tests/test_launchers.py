@@ -1,13 +1,11 @@
-"""Runs by torchrun, under SLURM and after SIGUSR1: the same numbers, one sentence, and an exit that resumes."""
+"""Runs by torchrun, under SLURM and after a signal: the same numbers, one sentence, and an exit that resumes."""
 
 from __future__ import annotations
 
 import csv
 import os
-import signal
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,7 +13,7 @@ import pytest
 import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
-from dlm_lightning import catalog, interruption
+from dlm_lightning import catalog
 from dlm_lightning.training import parse
 
 BIN = Path(sys.executable).parent
@@ -27,7 +25,7 @@ class Stop(L.Callback):
         if trainer.global_step == 3 and trainer.global_rank == trainer.world_size - 1 and "SPARE" not in os.environ:
             os.kill(os.getpid(), signal.SIGUSR1)
 """
-CALLBACKS = "[{class_path: stopper.Stop}, {class_path: dlm_lightning.checkpoint.Checkpoints}]"
+CALLBACKS = "[{class_path: stopper.Stop}, {class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"
 
 
 def metrics(run: Path) -> list[dict[str, str]]:
@@ -44,7 +42,7 @@ def checkpoints(run: Path) -> list[str]:
 
 
 def weights(run: Path) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / "step=6.ckpt", weights_only=True)["state_dict"]
+    return torch.load(run / "checkpoints" / "step=6" / "state.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.fixture
@@ -101,7 +99,7 @@ def test_two_ranks_stop_together_and_resume_to_the_losses_of_one(strategy, torch
     done = torchrun(2, "fit", "block_causal", *two, "--run", "two")
     assert "exitcode  : 75" in done.stderr, "torchrun's own exit code is 1 whatever happened"
     assert done.stderr.count(f"dlm: stopped at step 4; `dlm resume {tmp_path / 'two'}` goes on from step 4") == 1
-    assert checkpoints(tmp_path / "two") == ["step=4.ckpt"]
+    assert checkpoints(tmp_path / "two") == ["step=4"]
     done = torchrun(2, "resume", "two", SPARE="1")
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("run: ") == 1
@@ -160,7 +158,7 @@ def test_a_job_that_is_interrupted_requeues_itself_and_ends_as_if_undisturbed(ta
     recipe = "block_causal", *words(data__batch_size=4 // tasks, trainer__devices=tasks, trainer__strategy=strategy)
     first = sbatch(tasks, "run folder", *recipe)
     assert first.returncode == 75, first.stderr
-    assert checkpoints(tmp_path / "run folder") == ["step=4.ckpt"]
+    assert checkpoints(tmp_path / "run folder") == ["step=4"]
     assert not list((tmp_path / "run folder").glob("hpc_ckpt*")), "Lightning's own answer to the signal"
     second = sbatch(tasks, "run folder", *recipe, SPARE="1")
     assert second.returncode == 0, second.stderr
@@ -195,64 +193,48 @@ def test_a_job_that_fails_does_not_requeue_itself(sbatch, tmp_path):
     assert sbatch(1, "run").returncode == 2
 
 
-# SIGUSR1
+# Signals in one process
 
 
 @pytest.fixture
 def interrupted(monkeypatch: pytest.MonkeyPatch, words: Callable, tmp_path: Path, typed: Callable):
-    """`interrupted(step, **overrides)`: what `dlm fit … --run run` said when the signal came before that step.
+    """`interrupted(step, name, **overrides)`: what `dlm fit … --run run` said when the signal came before that step."""
 
-    It goes to this thread alone: pytest has others that do not hold it back.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGUSR1})
-    text = STOPPER.replace("os.kill(os.getpid(),", "signal.pthread_kill(__import__('threading').get_ident(),")
-
-    def run(step: int, **more: object):
-        folder = tmp_path / f"module-{step}"
+    def run(step: int, name: str, **more: object):
+        folder = tmp_path / f"module-{step}-{name}"
         folder.mkdir()
-        (folder / f"stopper{step}.py").write_text(text.replace("global_step == 3", f"global_step == {step}"))
+        text = STOPPER.replace("global_step == 3", f"global_step == {step}").replace("SIGUSR1", name)
+        (folder / f"stopper{step}.py").write_text(text)
         monkeypatch.syspath_prepend(folder)
+        monkeypatch.delitem(sys.modules, f"stopper{step}", raising=False)
         callbacks = CALLBACKS.replace("stopper.", f"stopper{step}.")
         overrides = [word for word in words(**more) if "callbacks" not in word] + [f"trainer.callbacks={callbacks}"]
         return typed("fit", "block_causal", *overrides, "--run", "run", cwd=tmp_path)
 
-    yield run
-    if interruption.asked():
-        signal.sigwait({signal.SIGUSR1})
-    signal.pthread_sigmask(signal.SIG_SETMASK, before)
+    return run
 
 
-def test_a_step_of_several_micro_batches_is_finished_first(interrupted, tmp_path):
+@pytest.mark.parametrize(("name", "code"), [("SIGUSR1", 75), ("SIGTERM", 143), ("SIGINT", 130)])
+def test_a_step_of_several_micro_batches_is_finished_and_saved_first(name, code, interrupted, typed, one, tmp_path):
     more = {"data__batch_size": 2, "trainer__accumulate_grad_batches": 2, "trainer__val_check_interval": 8}
-    said = interrupted(2, **more)
+    said = interrupted(2, name, **more)
     assert (said.code, said.err) == (
-        75,
+        code,
         f"dlm: stopped at step 3; `dlm resume {tmp_path / 'run'}` goes on from step 3\n",
     )
-    assert checkpoints(tmp_path / "run") == ["step=3.ckpt"]
+    assert checkpoints(tmp_path / "run") == ["step=3"]
     assert len(losses(tmp_path / "run")) == 3
+    assert typed("resume", "run", cwd=tmp_path, env={"SPARE": "1"}).code == 0
+    assert losses(tmp_path / "run") == pytest.approx(losses(one), rel=1e-5)
 
 
-def test_a_run_that_is_asked_in_its_last_step_just_ends(interrupted, tmp_path):
-    assert interrupted(5).code == 0
-    assert checkpoints(tmp_path / "run") == ["step=6.ckpt"]
-
-
-def test_a_signal_is_held_back_by_threads_and_processes_that_start_later():
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, set())
-    try:
-        interruption.hold()
-        masks = []
-        thread = threading.Thread(target=lambda: masks.append(signal.pthread_sigmask(signal.SIG_BLOCK, set())))
-        thread.start()
-        thread.join()
-        assert signal.SIGUSR1 in masks[0]
-        program = "import os, signal; os.kill(os.getpid(), signal.SIGUSR1); print('alive')"
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
-        assert done.stdout == "alive\n"
-        assert not interruption.asked()
-        signal.pthread_kill(threading.get_ident(), signal.SIGUSR1)
-        assert interruption.asked()
-        signal.sigwait({signal.SIGUSR1})
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+@pytest.mark.parametrize("step", [3, 5])
+def test_a_validation_that_is_due_is_made_once(step, interrupted, typed, one, tmp_path):
+    """After step 4 it is due by `val_check_interval`, after step 6 because it is the last."""
+    said = interrupted(step, "SIGTERM")
+    assert said.code == (143 if step == 3 else 0)
+    assert checkpoints(tmp_path / "run") == [f"step={step + 1}"]
+    if step == 3:
+        assert typed("resume", "run", cwd=tmp_path, env={"SPARE": "1"}).code == 0
+    assert metrics(tmp_path / "run") == metrics(one)
+    assert [row["step"] for row in metrics(one) if row["val/nelbo"]] == ["0", "3", "5"]

@@ -17,10 +17,10 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"source", "mask_token", "attention", "lora"}),
     (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
-    (2, {"optimizer", "precision", "interruption"}),
-    (2, {"conversion"}),
+    (2, {"optimizer", "precision", "interruption", "manifest"}),
+    (2, {"conversion", "checkpoint"}),
     (2, {"nonfinite"}),
-    (2, {"module", "data", "strategies", "checkpoint", "loggers"}),
+    (2, {"module", "data", "strategies", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
     (4, {"errors"}),
@@ -49,7 +49,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
 }
 GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on
 HEAVY = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "matplotlib", "numpy", "rich"}
-FREE_OF_TORCH = {"cli", "catalog", "errors", "interruption", "runs"}  # as far as their top level goes
+FREE_OF_TORCH = {"cli", "catalog", "errors", "interruption", "manifest", "runs"}  # as far as their top level goes
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in ("dlm_lightning", "recipes", "callbacks")

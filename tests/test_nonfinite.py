@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
@@ -98,7 +99,7 @@ def spoiled(small, tmp_path, monkeypatch) -> Callable[..., list[object]]:
         if nonfinite:
             recipe["model"]["init_args"]["nonfinite"] = nonfinite
         (tmp_path / "own" / "spoiled.yaml").write_text(yaml.safe_dump(recipe))
-        every = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 1, keep: 9}}"
+        every = "{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 1, keep: 9}}"
         values = {"trainer__callbacks": f"[{every}, {{class_path: spoiled.Witness}}]", "trainer__limit_val_batches": 0}
         return ["fit", "own/spoiled.yaml", *small(**values | more), "--run", run]
 
@@ -288,7 +289,7 @@ def test_killed_after_a_skipped_step_and_resumed_equals_undisturbed(typed, spoil
     whole = witnessed(tmp_path / "run")
     for last in (2, 4):
         for step in range(last + 1, 7):
-            (tmp_path / "run" / "checkpoints" / f"step={step}.ckpt").unlink()
+            shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step={step}")
         (tmp_path / "run" / "witness-0.jsonl").unlink()
         said = typed("resume", "run", cwd=tmp_path)
         assert said.code == 0, said.err

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-EVERY_2 = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+EVERY_2 = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
 
 
 def files(folder: Path) -> dict[Path, bytes]:
@@ -42,9 +42,7 @@ def run(typed, small, tmp_path) -> Path:
     return tmp_path / "run"
 
 
-@pytest.mark.parametrize(
-    ("step", "start"), [(1, "the beginning"), (2, "the beginning"), (3, "step=2.ckpt"), (6, "step=4.ckpt")]
-)
+@pytest.mark.parametrize(("step", "start"), [(1, "the beginning"), (2, "the beginning"), (3, "step=2"), (6, "step=4")])
 def test_a_step_is_the_runs_own_and_the_run_stays_as_it_is(typed, run, tmp_path, step, start):
     before = files(run)
     said = typed("replay", "run", "--step", step, cwd=tmp_path)
@@ -72,9 +70,9 @@ def test_another_number_than_the_runs_is_said(typed, run, tmp_path):
 
 
 def test_a_damaged_checkpoint_is_passed_over(typed, run, tmp_path):
-    (run / "checkpoints" / "step=4.ckpt").write_bytes(b"")
+    (run / "checkpoints" / "step=4" / "state.ckpt").write_bytes(b"")
     said = typed("replay", "run", "--step", 6, cwd=tmp_path)
-    assert said.out.startswith("step 6, from step=2.ckpt\n")
+    assert said.out.startswith("step 6, from step=2\n")
     assert numbers(said.out) == logged(run, 6)
 
 
@@ -128,7 +126,7 @@ def test_a_step_of_two_ranks_on_two(dlm, typed, small, tmp_path, strategy):
     two = {"data__batch_size": 2, "trainer__devices": 2, "trainer__strategy": strategy}
     dlm("fit", "block_causal", *small(**two, trainer__callbacks=EVERY_2), "--run", "run", cwd=tmp_path)
     done = dlm("replay", "run", "--step", 4, cwd=tmp_path)
-    assert done.stdout.count("step 4, from step=2.ckpt") == 1
+    assert done.stdout.count("step 4, from step=2") == 1
     assert numbers(done.stdout) == logged(tmp_path / "run", 4)
     assert done.stdout.count("equal to metrics.csv") == 2
     assert [sample[:2] for sample in samples(done.stdout)] == [[0, 0], [0, 0], [0, 1], [0, 1]]

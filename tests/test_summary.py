@@ -11,7 +11,7 @@ from dlm_lightning.drift import METRICS
 from dlm_lightning.summary import MASKED, MEANING, PROMPT
 
 CALLBACKS = (
-    "[{class_path: dlm_lightning.checkpoint.Checkpoints}, "
+    "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}, "
     "{class_path: dlm_lightning.callbacks.weight_drift.WeightDrift, init_args: {every_n_steps: 2}}]"
 )
 

@@ -31,7 +31,7 @@ def losses(run: Path) -> list[float]:
 
 
 def weights(run: Path, step: int) -> dict[str, torch.Tensor]:
-    return torch.load(run / "checkpoints" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+    return torch.load(run / "checkpoints" / f"step={step}" / "state.ckpt", weights_only=True)["state_dict"]
 
 
 @pytest.mark.parametrize("recipe", RECIPES)
@@ -40,7 +40,7 @@ def test_a_shipped_recipe_runs_and_leaves_what_the_readme_says(recipe, dlm, smal
     run = tmp_path / "runs" / recipe / "1"
     assert done.stdout.splitlines()[-1] == f"run: {run}"
     assert "step 0: masked cross-entropy" in done.stdout
-    for name in ("config.yaml", "metrics.csv", "tensorboard", "checkpoints/step=6.ckpt", "drift/drift.parquet"):
+    for name in ("config.yaml", "metrics.csv", "tensorboard", "checkpoints/step=6", "drift/drift.parquet"):
         assert (run / name).exists(), name
     assert (run / "drift" / "step_000006.png").stat().st_size > 1000
     assert "tokens per forward" in (run / "samples" / "step_000006.txt").read_text()
@@ -92,18 +92,18 @@ def test_a_source_that_is_killed_after_its_last_checkpoint_has_its_model(dlm, co
     """The kill comes between the last step's checkpoint and the end of training."""
     model = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "qwen3", "tie_word_embeddings": True}
-    (tmp_path / "killer.py").write_text(stopper("SIGKILL", "on_train_end").replace("Stop", "Kill"))
+    (tmp_path / "killer.py").write_text(stopper("SIGKILL", "teardown", "trainer.global_step").replace("Stop", "Kill"))
     package = "dlm_lightning"
     callbacks = [
         {"class_path": "killer.Kill"},
-        {"class_path": f"{package}.checkpoint.Checkpoints", "init_args": {"every_n_steps": 2}},
+        {"class_path": f"{package}.callbacks.checkpoints.Checkpoints", "init_args": {"every_n_steps": 2}},
         {"class_path": f"{package}.callbacks.save_pretrained.SavePretrained"},
     ]
     data = [f"data.paths=[{corpus}]", "data.val_share=0.2", "data.row_length=24", "data.val_rows=6"]
     words = [*data, "data.vocab_size=300", "trainer.max_steps=2", f"model.config={model}"]
     words += ["trainer.val_check_interval=2", f"trainer.callbacks={callbacks}", "--run", "run"]
     dlm("fit", "ar_source", *words, cwd=tmp_path, env={"PYTHONPATH": str(tmp_path)}, fails=True)
-    assert (tmp_path / "run" / "checkpoints" / "step=2.ckpt").is_file()
+    assert (tmp_path / "run" / "checkpoints" / "step=2").is_dir()
     AutoModelForCausalLM.from_pretrained(tmp_path / "run" / "model")
 
 
@@ -111,7 +111,9 @@ def test_a_source_that_is_killed_after_its_last_checkpoint_has_its_model(dlm, co
 @pytest.mark.parametrize("accumulate", [1, pytest.param(3, marks=pytest.mark.slow)])
 def test_killed_and_resumed_equals_undisturbed_bitwise(recipe, accumulate, dlm, small, tmp_path):
     """The kill is a real one: SIGKILL from inside step 5, after the checkpoint of step 4."""
-    checkpoints = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    checkpoints = (
+        "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    )
     words = small(
         trainer__callbacks=checkpoints,
         trainer__accumulate_grad_batches=accumulate,
@@ -129,7 +131,7 @@ def test_killed_and_resumed_equals_undisturbed_bitwise(recipe, accumulate, dlm, 
     words = [word for word in words if "callbacks" not in word] + [f"trainer.callbacks={killer}"]
     path = {"PYTHONPATH": str(tmp_path)}
     dlm("fit", recipe, *words, "--run", "killed", cwd=tmp_path, env=path, fails=True)
-    assert not (tmp_path / "killed" / "checkpoints" / "step=6.ckpt").exists()
+    assert not (tmp_path / "killed" / "checkpoints" / "step=6").exists()
     dlm("resume", "killed", cwd=tmp_path, env=path | {"SPARE": "1"})
     whole, killed = weights(tmp_path / "whole", 6), weights(tmp_path / "killed", 6)
     assert all(torch.equal(value, killed[name]) for name, value in whole.items())
@@ -170,14 +172,16 @@ def test_two_ranks_give_the_losses_of_one(recipe, strategy, dlm, small, tmp_path
 
 
 def test_fsdp2_resumes_from_its_sharded_checkpoint(dlm, small, tmp_path):
-    checkpoints = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    checkpoints = (
+        "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    )
     words = small(
         data__batch_size=2, trainer__devices=2, trainer__strategy="fsdp2", trainer__callbacks=checkpoints,
         data__val_rows=2,
     )  # fmt: skip
     dlm("fit", "block_causal", *words, "--run", "whole", cwd=tmp_path)
     shutil.copytree(tmp_path / "whole", tmp_path / "cut")
-    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step=6.ckpt")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "step=6")
     dlm("resume", "cut", cwd=tmp_path)
     assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert "tokens per forward" in dlm("summary", "cut", cwd=tmp_path).stdout
@@ -196,7 +200,7 @@ def test_a_run_that_moved_continues_from_anywhere(dlm, small, corpus, tmp_path):
     dlm("resume", there, cwd=tmp_path / "elsewhere")
     assert metrics(there) == before
     assert not here.exists()
-    assert (there / "checkpoints" / "step=6.ckpt").is_file()
+    assert (there / "checkpoints" / "step=6").is_dir()
 
 
 SIGNALS = pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
@@ -234,7 +238,7 @@ def test_a_run_without_checkpoints_or_metrics_is_not_thrown_away(dlm, small, tmp
 @SIGNALS
 def test_a_stopped_run_says_how_to_go_on(signal_name, code, dlm, small, tmp_path):
     (tmp_path / "stopper.py").write_text(stopper(signal_name, "on_train_batch_start", "trainer.global_step == 5"))
-    checkpoints = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2}}"
+    checkpoints = "{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2}}"
     words = small(trainer__callbacks=f"[{checkpoints}, {{class_path: stopper.Stop}}]")
     path = {"PYTHONPATH": str(tmp_path)}
     done = dlm("fit", "block_causal", *words, "--run", "run", cwd=tmp_path, env=path, fails=True)

@@ -18,6 +18,7 @@ import lightning as L
 import numpy as np
 from torch.utils.data import DataLoader
 
+from dlm_lightning import interruption
 from dlm_lightning.data import report
 from dlm_lightning.data.files import absolute
 from dlm_lightning.data.rows import Document, Row, Tally, beginning, pack
@@ -207,6 +208,7 @@ class TokenData(L.LightningDataModule):
             batch_sampler=stream,
             collate_fn=collate,
             num_workers=self.num_workers,
+            worker_init_fn=interruption.ignore,
             pin_memory=self.trainer.strategy.root_device.type == "cuda",
             persistent_workers=self.num_workers > 0,
         )

@@ -10,7 +10,8 @@ from dlm_lightning.decode.blockwise import decode
 from dlm_lightning.training import reopen
 
 CALLBACKS = (
-    "[{class_path: dlm_lightning.checkpoint.Checkpoints}, {class_path: dlm_lightning.callbacks.samples.Samples, "
+    "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}, "
+    "{class_path: dlm_lightning.callbacks.samples.Samples, "
     "init_args: {prompts: [the quick, jumps over], new_tokens: 5, threshold: 0.5}}]"
 )
 

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 MODEL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "head_dim": 8, "model_type": "qwen3"}
 MODEL |= {"num_attention_heads": 2, "num_key_value_heads": 1, "tie_word_embeddings": True}
 SAVING = (
-    "{class_path: dlm_lightning.checkpoint.Checkpoints}, "
+    "{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}, "
     "{class_path: dlm_lightning.callbacks.save_pretrained.SavePretrained}"
 )
 STOPPING = (
@@ -38,7 +38,7 @@ def test_a_finished_runs_folder_is_whole_and_holds_the_trained_weights(fit):
     assert not list(run.glob(".*partial"))
     network, report = AutoModelForCausalLM.from_pretrained(run / "model", output_loading_info=True)
     assert not any(report.values()), report
-    trained = torch.load(run / "checkpoints" / "step=4.ckpt", weights_only=True)["state_dict"]
+    trained = torch.load(run / "checkpoints" / "step=4" / "state.ckpt", weights_only=True)["state_dict"]
     trained = {name.removeprefix("denoiser.network."): value for name, value in trained.items()}
     assert {"model.embed_tokens.weight", "model.norm.weight"} < network.state_dict().keys()
     for name, value in network.state_dict().items():
@@ -53,6 +53,6 @@ def test_a_finished_runs_folder_is_whole_and_holds_the_trained_weights(fit):
 
 def test_a_run_that_stops_early_leaves_no_folder(fit):
     run = fit(f"{SAVING}, {STOPPING}")
-    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step=2.ckpt"]
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step=2"]
     assert not (run / "model").exists()
     assert not list(run.glob(".*partial"))

@@ -76,7 +76,9 @@ def words(source, chats, tmp_path, monkeypatch) -> list[str]:
     shutil.copy(ROOT / "tests/data/templates/chatml.jinja", tmp_path)
     (tmp_path / "catcher.py").write_text(CATCHER)
     monkeypatch.syspath_prepend(tmp_path)
-    checkpoints = "{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}"
+    checkpoints = (
+        "{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}"
+    )
     values = {
         "model.source": source,
         "data.paths": f"[{chats}]",
@@ -115,12 +117,13 @@ def test_a_run_scores_the_answers_and_resumes(recipe, tail, typed, words, source
                 lengths.append(int(here_L.sum()))
     assert min(lengths) < max(lengths) == ROW and sum(length < ROW for length in lengths) > 8
     shutil.copytree(tmp_path / "whole", tmp_path / "died")
-    (tmp_path / "died" / "checkpoints" / "step=4.ckpt").unlink()
+    shutil.rmtree(tmp_path / "died" / "checkpoints" / "step=4")
     (tmp_path / "elsewhere").mkdir()
     resumed = typed("resume", tmp_path / "died", cwd=tmp_path / "elsewhere")
     assert resumed.code == 0, resumed.err
     assert metrics(tmp_path / "died") == metrics(tmp_path / "whole")
-    weights = [torch.load(tmp_path / run / "checkpoints" / "step=4.ckpt")["state_dict"] for run in ("whole", "died")]
+    last = [tmp_path / run / "checkpoints" / "step=4" / "state.ckpt" for run in ("whole", "died")]
+    weights = [torch.load(path)["state_dict"] for path in last]
     assert all(torch.equal(value, weights[1][name]) for name, value in weights[0].items())
 
 
@@ -173,7 +176,7 @@ def test_a_run_refuses_malformed_lines_in_one_sentence(refused, words, tmp_path,
 def test_a_resume_with_another_tail_is_refused(typed, words, tmp_path):
     (tmp_path / "chat.yaml").write_text(EXAMPLE.replace("/path/to", str(ROOT)))
     assert typed("fit", "chat.yaml", *words, "--run", "run", cwd=tmp_path).code == 0
-    (tmp_path / "run" / "checkpoints" / "step=4.ckpt").unlink()
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "step=4")
     config = tmp_path / "run" / "config.yaml"
     config.write_text(config.read_text().replace("tail: eos", "tail: none"))
     said = typed("resume", "run", cwd=tmp_path)

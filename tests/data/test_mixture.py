@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 from collections import Counter
 from fractions import Fraction
 
@@ -261,7 +262,7 @@ def test_a_mixture_trains_and_goes_on_after_its_files_were_touched(typed, small,
     (tmp_path / "texts" / "more.jsonl").write_text("\n".join(map(json.dumps, records)))
     parts = [{**TEXT, "init_args": {"paths": ["texts"], "val_share": 0.2}}, {**ANSWERS, "init_args": {"samples": 50}}]
     (tmp_path / "mine.yaml").write_text(yaml.safe_dump(recipe(parts, weights=[1, 1], row_length=24, batch_size=4)))
-    keeps = "[{class_path: dlm_lightning.checkpoint.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
+    keeps = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints, init_args: {every_n_steps: 2, keep: 9}}]"
     own = ("data.paths", "data.val_share")  # the parts' here
     words = [word for word in small(trainer__callbacks=keeps) if word.split("=")[0] not in own]
     said = typed("fit", "mine.yaml", *words, "--run", "run", cwd=tmp_path)
@@ -269,14 +270,14 @@ def test_a_mixture_trains_and_goes_on_after_its_files_were_touched(typed, small,
     lines = said.out.splitlines()
     [start] = [n for n, line in enumerate(lines) if line.startswith("data: ")]
     assert "part 0, TextFiles" in lines[start + 1] and "draws per epoch (50.2%)" in lines[start + 1]
-    last = tmp_path / "run" / "checkpoints" / "step=6.ckpt"
-    weights = torch.load(last, weights_only=True)["state_dict"]
-    last.unlink()
+    last = tmp_path / "run" / "checkpoints" / "step=6"
+    weights = torch.load(last / "state.ckpt", weights_only=True)["state_dict"]
+    shutil.rmtree(last)
     for file in (tmp_path / "texts").iterdir():
         os.utime(file, ns=(0, 1))
     (tmp_path / "elsewhere").mkdir()
     resumed = typed("resume", "../run", cwd=tmp_path / "elsewhere")
     assert resumed.code == 0, resumed.err
-    again = torch.load(last, weights_only=True)["state_dict"]
+    again = torch.load(last / "state.ckpt", weights_only=True)["state_dict"]
     assert all(torch.equal(value, again[name]) for name, value in weights.items())
     assert "data: " not in typed("validate", "../run", cwd=tmp_path / "elsewhere").out

@@ -1,0 +1,56 @@
+"""Keeps the newest checkpoints of a run, and leaves after a signal with the last step saved."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+from lightning.pytorch.callbacks import Checkpoint
+
+from dlm_lightning import checkpoint, interruption
+from dlm_lightning.module import Recipe
+
+
+class Checkpoints(Checkpoint):
+    """Saves every so many optimizer steps and after the last one, whole or not at all, in `<run>/checkpoints`.
+
+    After SIGTERM, SIGUSR1 or Ctrl-C to any rank the optimizer step under way is the last for now: all ranks log it,
+    make the validation that is due, save it, and leave by SystemExit with the signal's exit code. A save that fails is
+    an OSError on all ranks, and the checkpoints before it stay.
+
+    Args:
+        every_n_steps: optimizer steps between checkpoints.
+        keep: how many complete ones to keep.
+    """
+
+    def __init__(self, every_n_steps: int = 100, keep: int = 2) -> None:
+        if every_n_steps < 1 or keep < 1:
+            raise ValueError("Checkpoints: every_n_steps and keep must be at least 1")
+        self.every_n_steps, self.keep = every_n_steps, keep
+        self._step = 0  # the last one that was looked at
+
+    def on_train_start(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        self._step = trainer.global_step
+        interruption.defer()
+
+    def on_train_batch_start(self, trainer: L.Trainer, *_: Any) -> None:
+        """Not at `on_train_batch_end`: Lightning logs and validates a step after that, and a resume does neither."""
+        step = trainer.global_step
+        if step == self._step:  # between micro-batches, or where the run has begun
+            return
+        self._step = step
+        code = torch.tensor(interruption.asked(), device=trainer.strategy.root_device)
+        leave = int(trainer.strategy.reduce(code, reduce_op="max"))
+        if leave or step % self.every_n_steps == 0:
+            self._save(trainer)
+        if leave:
+            raise SystemExit(leave)
+
+    def on_train_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        if trainer.global_step:
+            self._save(trainer)
+
+    def _save(self, trainer: L.Trainer) -> None:
+        checkpoint.write(trainer, Path(trainer.default_root_dir), self.keep)
