@@ -63,24 +63,26 @@ def digest(tensors):
     return hashlib.sha256(b"".join(t.detach().numpy().tobytes() for t in local)).hexdigest()
 
 class Witness(L.Callback):
-    """What each rank was given and what it holds after each step, a line per micro-batch."""
+    """What each rank was given and what it holds afterwards, a line per micro-batch."""
 
     def on_train_batch_start(self, trainer, recipe, batch, number):
-        self.step = trainer.global_step + 1
-
-    def on_train_batch_end(self, trainer, recipe, loss, batch, number):
-        states = trainer.optimizers[0].state.values()
-        moments = [value for state in states for value in state.values()]
-        seen = {"step": self.step, "rank": trainer.global_rank, "micro_batch": number % trainer.accumulate_grad_batches}
-        seen |= {"place": batch.place_B.tolist(), "ids": batch.ids_BL.tolist(), "u": batch.u_BL.tolist()}
-        seen |= {"weights": digest(recipe.denoiser.parameters()), "moments": digest(moments)}
-        seen["lr"] = trainer.optimizers[0].param_groups[0]["lr"]
-        folder = Path(trainer.default_root_dir)
-        with (folder / f"witness-{trainer.global_rank}.jsonl").open("a") as file:
-            print(json.dumps(seen), file=file)
-        if not (folder / "rows.json").exists() and trainer.is_global_zero:
+        self.seen = {"step": trainer.global_step + 1, "rank": trainer.global_rank}
+        self.seen["micro_batch"] = number % trainer.accumulate_grad_batches
+        given = {"place": batch.place_B.tolist(), "ids": batch.ids_BL.tolist(), "u": batch.u_BL.tolist()}
+        self.write(trainer, "given", self.seen | given)
+        if number == 0 and trainer.is_global_zero:
             rows = [row["ids"].tolist() for row in trainer.datamodule.rows["train"]]
-            (folder / "rows.json").write_text(json.dumps(rows))
+            (Path(trainer.default_root_dir) / "rows.json").write_text(json.dumps(rows))
+
+    def on_train_batch_end(self, trainer, recipe, *_):
+        [optimizer] = trainer.optimizers
+        moments = [value for state in optimizer.state.values() for value in state.values()]
+        held = {"weights": digest(recipe.denoiser.parameters()), "moments": digest(moments)}
+        self.write(trainer, "held", self.seen | held | {"lr": optimizer.param_groups[0]["lr"]})
+
+    def write(self, trainer, name, line):
+        with (Path(trainer.default_root_dir) / f"{name}-{trainer.global_rank}.jsonl").open("a") as file:
+            print(json.dumps(line), file=file)
 '''
 
 
@@ -106,8 +108,9 @@ def spoiled(small, tmp_path, monkeypatch) -> Callable[..., list[object]]:
     return words
 
 
-def witnessed(run: Path, rank: int = 0) -> list[dict]:
-    return [json.loads(line) for line in (run / f"witness-{rank}.jsonl").read_text().splitlines()]
+def lines(run: Path, name: str, rank: int = 0) -> list[dict]:
+    """What a rank's `Witness` wrote: what it was `given`, or what it `held`."""
+    return [json.loads(line) for line in (run / f"{name}-{rank}.jsonl").read_text().splitlines()]
 
 
 def check_samples(run: Path, step: int, ranks: int, accumulate: int) -> None:
@@ -115,22 +118,17 @@ def check_samples(run: Path, step: int, ranks: int, accumulate: int) -> None:
     note = json.loads((run / "nonfinite" / f"step_{step:06d}.json").read_text())
     assert note["step"] == step
     rows = json.loads((run / "rows.json").read_text())
-    given = {
-        (seen["micro_batch"], seen["rank"]): seen
-        for rank in range(ranks)
-        for seen in witnessed(run, rank)
-        if seen["step"] == step
-    }
+    given = [line for rank in range(ranks) for line in lines(run, "given", rank) if line["step"] == step]
+    assert len(given) == ranks * accumulate
     compared = 0
-    for where, seen in given.items():
-        samples = [sample for sample in note["samples"] if (sample["micro_batch"], sample["rank"]) == where]
-        assert [sample["place"] for sample in samples] == seen["place"]
-        assert [rows[sample["row"]] for sample in samples] == seen["ids"]
-        for sample, u in zip(samples, seen["u"], strict=True):
+    for line in given:
+        samples = [s for s in note["samples"] if (s["micro_batch"], s["rank"]) == (line["micro_batch"], line["rank"])]
+        assert [sample["place"] for sample in samples] == line["place"]
+        assert [rows[sample["row"]] for sample in samples] == line["ids"]
+        for sample, u in zip(samples, line["u"], strict=True):
             assert uniforms(0, TRAIN, sample["place"], sample["epoch"], 0, len(u))[0].tolist() == u
             compared += 1
     assert compared == len(note["samples"]) == 4
-    assert len(given) == ranks * accumulate
 
 
 # In the optimizer
@@ -241,14 +239,12 @@ def test_a_second_try_that_skips_goes_on_from_the_checkpoint_of_the_one_that_sto
     config.write_text(config.read_text().replace("nonfinite: stop", "nonfinite: skip"))
     assert typed("resume", "run", cwd=tmp_path).code == 0
     assert typed(*spoiled(at=3, nonfinite="skip", run="whole"), cwd=tmp_path).code == 0
-    ends = [witnessed(tmp_path / run)[-1] for run in ("run", "whole")]
+    ends = [lines(tmp_path / run, "held")[-1] for run in ("run", "whole")]
     assert ends[0] == ends[1]
 
 
-@pytest.mark.parametrize(
-    ("strategy", "what"),
-    [("ddp", "loss"), *(pytest.param("fsdp2", what, marks=pytest.mark.slow) for what in ("loss", "backward"))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize(("strategy", "what"), [("ddp", "loss"), ("fsdp2", "loss"), ("fsdp2", "backward")])
 def test_two_ranks_skip_a_step_that_one_of_them_spoils(dlm, spoiled, tmp_path, strategy, what):
     more = {"data__batch_size": 1, "trainer__devices": 2, "trainer__strategy": strategy}
     words = spoiled(at=3, what=what, nonfinite="skip", trainer__accumulate_grad_batches=2, **more)
@@ -256,14 +252,14 @@ def test_two_ranks_skip_a_step_that_one_of_them_spoils(dlm, spoiled, tmp_path, s
     run = tmp_path / "run"
     assert done.stdout.count("and changes nothing") == 1
     check_samples(run, 3, ranks=2, accumulate=2)
-    ranks = [[seen for seen in witnessed(run, rank) if seen["micro_batch"] == 1] for rank in range(2)]
+    ranks = [[line for line in lines(run, "held", rank) if line["micro_batch"] == 1] for rank in range(2)]
     for steps in ranks:
-        held = [(seen["weights"], seen["moments"]) for seen in steps]
+        held = [(line["weights"], line["moments"]) for line in steps]
         assert len(held) == 6
         assert [held[step] == held[step - 1] for step in range(1, 6)] == [False, True, False, False, False]
-        assert len({seen["lr"] for seen in steps}) == 6, "the schedule goes on"
+        assert len({line["lr"] for line in steps}) == 6, "the schedule goes on"
     if strategy == "ddp":
-        assert [seen["weights"] for seen in ranks[0]] == [seen["weights"] for seen in ranks[1]]
+        assert [line["weights"] for line in ranks[0]] == [line["weights"] for line in ranks[1]]
     with (run / "metrics.csv").open(newline="") as file:
         losses = [float(row["train/loss"]) for row in csv.DictReader(file) if row["train/loss"]]
     assert [math.isnan(loss) for loss in losses] == [what == "loss" and step == 3 for step in range(1, 7)]
@@ -271,14 +267,14 @@ def test_two_ranks_skip_a_step_that_one_of_them_spoils(dlm, spoiled, tmp_path, s
 
 @pytest.mark.parametrize("strategy", ["ddp", pytest.param("fsdp2", marks=pytest.mark.slow)])
 def test_two_ranks_stop_together_at_a_step_that_one_of_them_spoils(dlm, spoiled, tmp_path, strategy):
-    more = {"data__batch_size": 2, "trainer__devices": 2, "trainer__strategy": strategy}
-    done = dlm(*spoiled(at=3, **more), cwd=tmp_path, fails=True)
+    more = {"data__batch_size": 1, "trainer__devices": 2, "trainer__strategy": strategy}
+    done = dlm(*spoiled(at=3, trainer__accumulate_grad_batches=2, **more), cwd=tmp_path, fails=True)
     assert done.returncode == 1
     [line] = [line for line in done.stderr.splitlines() if line.startswith("dlm: ")]
     assert line.startswith(
         "dlm: step 3 gave numbers that are not finite (train/loss, train/grad_norm) and was not made"
     )
-    assert (tmp_path / "run" / "nonfinite" / "step_000003.json").is_file()
+    check_samples(tmp_path / "run", 3, ranks=2, accumulate=2)
     assert {path.stem for path in (tmp_path / "run" / "checkpoints").glob("*")} == {"step=1", "step=2"}
 
 
@@ -286,11 +282,11 @@ def test_killed_after_a_skipped_step_and_resumed_equals_undisturbed(typed, spoil
     """As if killed in step 5: what comes after the checkpoint of step 2, or 4, is gone."""
     words = spoiled(at=3, nonfinite="skip", data__batch_size=2, trainer__accumulate_grad_batches=2)
     assert typed(*words, cwd=tmp_path).code == 0
-    whole = witnessed(tmp_path / "run")
+    whole = lines(tmp_path / "run", "held")
     for last in (2, 4):
         for step in range(last + 1, 7):
             shutil.rmtree(tmp_path / "run" / "checkpoints" / f"step={step}")
-        (tmp_path / "run" / "witness-0.jsonl").unlink()
+        (tmp_path / "run" / "held-0.jsonl").unlink()
         said = typed("resume", "run", cwd=tmp_path)
         assert said.code == 0, said.err
-        assert witnessed(tmp_path / "run") == [seen for seen in whole if seen["step"] > last]
+        assert lines(tmp_path / "run", "held") == [line for line in whole if line["step"] > last]
