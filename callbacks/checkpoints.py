@@ -17,8 +17,8 @@ class Checkpoints(Checkpoint):
     """Saves every so many optimizer steps and after the last one, whole or not at all, in `<run>/checkpoints`.
 
     After SIGTERM, SIGUSR1 or Ctrl-C to any rank the optimizer step under way is the last for now: all ranks log it,
-    make the validation that is due, save it, and leave by SystemExit with the signal's exit code. A save that fails is
-    an OSError on all ranks, and the checkpoints before it stay.
+    make the validation that is due, save it, and leave by SystemExit with the signal's exit code. A save that fails
+    ends the run, and the checkpoints before it stay.
 
     Args:
         every_n_steps: optimizer steps between checkpoints.

@@ -50,29 +50,47 @@ _INDEX_NAMES = {
 def write(trainer: L.Trainer, run: Path, keep: int) -> Path:
     """Save the trainer's step, all ranks together, and keep the newest `keep` complete checkpoints.
 
-    Written beside, flushed to disk, completed by the manifest, renamed. OSError on all ranks if any of them fails; then
-    what was there before is still there.
+    Written beside, flushed to disk, completed by the manifest, renamed. If any rank fails the first one raises OSError
+    and the others SystemExit(1); what was there before is still there.
     """
     folder, step = run / FOLDER, trainer.global_step
     whole, beside = folder / f"step={step}", folder / f".step={step}"
-    first = trainer.is_global_zero
-    files: list[manifest.Files] = [{}] * trainer.world_size
-    with _together(trainer, whole):
-        if first:
-            _clear(folder)
-            beside.mkdir(parents=True)
-    with _together(trainer, whole):
+    try:
+        _save(trainer, beside)
+        with _together(trainer):
+            if trainer.is_global_zero:
+                _replace(whole, beside)
+                complete = [path for _, path in by_step(folder, at_most=step) if (path / manifest.NAME).is_file()]
+                for path in complete[keep:]:
+                    path.rename(path.with_name(f".{path.name}"))
+                _clear(folder)
+    except OSError as error:
+        if not trainer.is_global_zero:
+            raise SystemExit(1) from error
+        _clear(folder)
+        raise OSError(f"{whole} could not be saved: {error}") from error
+    return whole
+
+
+def _save(trainer: L.Trainer, folder: Path) -> None:
+    """Write a complete checkpoint, in a folder that nobody takes for one."""
+    with _together(trainer):
+        if trainer.is_global_zero:
+            _clear(folder.parent)
+            folder.mkdir(parents=True)
+    with _together(trainer):
         content: Any = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        facts = content[FACTS]
-        trainer.strategy.save_checkpoint(content, beside / STATE)
-    with _together(trainer, whole):
-        files[trainer.global_rank] = manifest.describe(beside, trainer.global_rank, trainer.world_size)
+        facts, step = content[FACTS], content["global_step"]
+        trainer.strategy.save_checkpoint(content, folder / STATE)
+    files: list[manifest.Files] = [{}] * trainer.world_size
+    with _together(trainer):
+        files[trainer.global_rank] = manifest.describe(folder, trainer.global_rank, trainer.world_size)
     if trainer.world_size > 1:
         torch.distributed.all_gather_object(files, files[trainer.global_rank])
-    with _together(trainer, whole):
-        if first:
+    with _together(trainer):
+        if trainer.is_global_zero:
             manifest.write(
-                beside,
+                folder,
                 {name: measured for part in files for name, measured in part.items()},
                 step=step,
                 consumed_samples=step * facts["global batch size"],
@@ -81,37 +99,47 @@ def write(trainer: L.Trainer, run: Path, keep: int) -> Path:
                 recipe=facts["recipe"],
                 source=facts["model.source"],
             )
-            if whole.exists():  # damaged, or this run would not have come here again
-                whole.rename(folder / f".step={step}.before")
-            beside.rename(whole)
-            manifest.flush(folder)
-            for path in [path for _, path in by_step(folder, at_most=step) if (path / manifest.NAME).is_file()][keep:]:
-                path.rename(path.with_name(f".{path.name}"))
-            _clear(folder)
-    return whole
+
+
+def _replace(whole: Path, beside: Path) -> None:
+    """Give a complete checkpoint its name; one that has it is damaged, or the run would not have come here again."""
+    if whole.exists():
+        whole.rename(whole.with_name(f".{whole.name}.before"))
+    beside.rename(whole)
+    manifest.flush(whole.parent)
 
 
 @contextmanager
-def _together(trainer: L.Trainer, path: Path) -> Iterator[None]:
-    """Fail on all ranks if the body fails on one, so that none waits for another that has given up."""
+def _together(trainer: L.Trainer) -> Iterator[None]:
+    """Raise OSError on all ranks if the body fails on one, so that none waits for another that has given up."""
     why = None
     try:
         yield
-    except (OSError, RuntimeError, CheckpointException) as error:  # torch tells of a full disk by a RuntimeError
+    except (OSError, RuntimeError, CheckpointException) as error:
         failures = error.failures.values() if isinstance(error, CheckpointException) else ()
-        why = next((str(failed) for failed, _ in failures), str(error)).splitlines()[0]
-    said = [why]
+        why = _reason(next((failed for failed, _ in failures), error))
+    said = [why] * trainer.world_size
     if trainer.world_size > 1:
-        said *= trainer.world_size
         torch.distributed.all_gather_object(said, why)
     if reason := next(filter(None, said), None):
-        raise OSError(f"{path} could not be saved: {reason}")
+        raise OSError(reason)
+
+
+def _reason(error: BaseException | None) -> str:
+    """The system's own words, which torch hides behind an error of its own."""
+    last = error
+    while error is not None:
+        if isinstance(error, OSError) and error.strerror:
+            return error.strerror
+        last, error = error, error.__cause__ or error.__context__
+    text = str(last).split("\n")[0]
+    return f"a file cannot be written to its end, as on a full disk ({text})" if "inline_container" in text else text
 
 
 def _clear(folder: Path) -> None:
     """Remove what is unfinished or given up."""
     for path in folder.glob(".step=*"):
-        shutil.rmtree(path)
+        shutil.rmtree(path, ignore_errors=True)
 
 
 # Finding
@@ -264,7 +292,8 @@ class ElasticIO(CheckpointIO):
     """Writes one file, and reads one file or shards, for strategies in which each process holds the whole network."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: Any, storage_options: Any = None) -> None:
-        torch.save(checkpoint, path)  # straight to disk; Lightning's own makes two copies in memory first
+        with open(path, "wb") as file:  # Lightning's own makes two copies in memory first
+            torch.save(checkpoint, file)
 
     def load_checkpoint(self, path: Any, map_location: Any = None, weights_only: bool | None = None) -> dict[str, Any]:
         return whole(Path(path))

@@ -228,8 +228,8 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
                 if "val/ar_nll" in trainer.callback_metrics:  # not with limit_val_batches: 0
                     log.info(step_zero(cli.model, cli.datamodule, trainer.callback_metrics))
             trainer.fit(cli.model, cli.datamodule, ckpt_path=state, weights_only=True)
-        except SystemExit:
-            _leave(cli)
+        except SystemExit as stop:
+            _leave(cli, stop.code)
             raise
         except FloatingPointError:  # on all ranks, which then leave like those of any refusal
             part()
@@ -242,20 +242,21 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
         )
 
 
-def _leave(cli: LightningCLI) -> None:
-    """After a signal: say where the run stands, and leave in an order that no launcher takes for a failure."""
+def _leave(cli: LightningCLI, code: Any) -> None:
+    """Say where a run stands that leaves after a signal; a rank that another one started, or speaks for, goes last."""
     trainer = cli.trainer
     run, launcher = Path(trainer.default_root_dir), trainer.strategy.launcher
     kept = checkpoint.by_step(run / checkpoint.FOLDER)
     since = f"step {kept[0][0]}" if kept else "the beginning"
     onward = f" at step {trainer.global_step}; `dlm resume {run}` goes on from {since}"
-    if runs.is_first_process():
+    if code != 1 and runs.is_first_process():
         print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
     if trainer.global_step:
         part()
     elif isinstance(launcher, _SubprocessScriptLauncher):  # the other ranks may wait for this one
         launcher.kill(signal.SIGKILL)
-    if trainer.local_rank and isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment):
+    started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
+    if trainer.global_rank and (started or code == 1):  # a launcher ends all ranks when one has ended
         interruption.outlive(os.getppid(), PATIENCE)
 
 

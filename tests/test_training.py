@@ -92,7 +92,7 @@ def test_a_source_that_is_killed_after_its_last_checkpoint_has_its_model(dlm, co
     """The kill comes between the last step's checkpoint and the end of training."""
     model = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "head_dim": 8}
     model |= {"num_attention_heads": 2, "num_key_value_heads": 1, "model_type": "qwen3", "tie_word_embeddings": True}
-    (tmp_path / "killer.py").write_text(stopper("SIGKILL", "teardown", "trainer.global_step").replace("Stop", "Kill"))
+    (tmp_path / "killer.py").write_text(stopper("SIGKILL", "on_fit_end").replace("Stop", "Kill"))
     package = "dlm_lightning"
     callbacks = [
         {"class_path": "killer.Kill"},
