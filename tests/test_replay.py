@@ -108,8 +108,9 @@ def test_a_batch_that_does_not_divide_is_refused(refused, run, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_step_of_two_ranks_on_one(dlm, typed, small, tmp_path):
-    two = {"data__batch_size": 2, "trainer__devices": 2, "trainer__strategy": "ddp"}
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_a_step_of_two_ranks_on_one(dlm, typed, small, tmp_path, strategy):
+    two = {"data__batch_size": 2, "trainer__devices": 2, "trainer__strategy": strategy}
     dlm("fit", "block_causal", *small(**two, trainer__callbacks=EVERY_2), "--run", "run", cwd=tmp_path)
     before = files(tmp_path / "run")
     for step in (2, 5):
