@@ -7,7 +7,6 @@ import os
 import shutil
 import signal
 import sys
-import time
 import warnings
 from collections.abc import Sequence
 from itertools import takewhile, zip_longest
@@ -51,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if runs.is_first_of_node() or _joined():
             print(f"dlm: {sentence(error)}", file=sys.stderr)
         else:  # a launcher ends all ranks when one has ended
-            time.sleep(PATIENCE)
+            interruption.outlive(os.getppid(), PATIENCE)
         return 1
 
 
@@ -63,6 +62,8 @@ def _joined() -> bool:
 def _dispatch(argv: list[str]) -> int:
     if argv[:1] == ["fit"]:
         return _fit(argv[1:])
+    if argv[:1] == ["replay"]:
+        return _replay(argv[1:])
     parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
     parser.add_argument("--version", action="version", version=f"dlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -73,6 +74,7 @@ def _dispatch(argv: list[str]) -> int:
         ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
+    commands.add_parser("replay", help="make one step of a run again and say what it gave", add_help=False)
     resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
     resume.add_argument("run", metavar="RUN", help="a run folder")
     resume.add_argument(
@@ -152,6 +154,22 @@ def _fit(argv: list[str]) -> int:
     from dlm_lightning import training
 
     return _report(training.fit(recipe, words, args.run, args.ckpt_path))
+
+
+def _replay(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm replay", description="Make one step of a run again and say what it gave."
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder, which stays as it is")
+    parser.add_argument("--step", metavar="N", type=int, required=True, help="which step, counted from 1")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="such as trainer.devices=1 trainer.strategy=auto"
+    )
+    args = parser.parse_intermixed_args(argv)
+    from dlm_lightning import replay
+
+    replay.show(args.run, args.step, args.overrides)
+    return 0
 
 
 def _report(run: Path) -> int:

@@ -8,50 +8,33 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict
-from functools import cached_property
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
-import lightning as L
 import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
-from transformers import PreTrainedModel
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention, layouts, lora, mask_token, precision
+from dlm_lightning import nonfinite
 from dlm_lightning.checkpoint import FACTS, rewind
-from dlm_lightning.denoiser import Denoiser
-from dlm_lightning.layouts import Diffusion
-from dlm_lightning.lora import Lora
+from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
-from dlm_lightning.optimizer import LrScale, adamw, check_rates, freeze
+from dlm_lightning.optimizer import LrScale, adamw, check_rates
 from dlm_lightning.sight import check_readout, check_sight
-from dlm_lightning.source import Source, build, build_config, stated
 from dlm_lightning.tally import Tally, count, total_norm
-from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups, sees
+from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups
 
 log = logging.getLogger(__name__)
 
 
-class Recipe(L.LightningModule):
+class Recipe(Conversion):
     """Trains a network by one attention pattern. A recipe of one's own passes its pattern, and may override `corrupt`,
     `train_pattern` and `predicate`.
 
     Args:
         pattern: the attention pattern of the finished model: validation and decoding use it.
-        source: the AR model to start from: a hub id, a local folder, or a run folder of this project.
-        config: without a source, the keys of a transformers config; `model_type` names the architecture.
-        pretrained: start from the source's weights; false keeps its config and tokenizer and starts from random ones.
-        mask_token: id or text of the token that stands for a masked one; null takes the one that a diffusion source
-            states, or else the embedding row after the last token, which is added if there is none.
-        mask_init: what the mask token's row starts from: `mean` of all rows, `random` around it, or a token's id or
-            text; null leaves a row that the source has, and takes the mean for an added one.
-        shift: `next_token` reads a masked token from the hidden state before it, `none` from its own; null takes what a
-            diffusion source states, and any other than that is refused.
-        first_token: with shift, whether the first token of a block is read from the `clean` context, as in decoding, or
-            from the `noisy` previous block.
         noise: which tokens are masked and what they weigh.
         ar_weight: weight of an autoregressive loss on a clean copy, beside the diffusion loss.
         lr: peak learning rate of AdamW.
@@ -60,26 +43,17 @@ class Recipe(L.LightningModule):
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         lr_scale: factors of `lr` for the mask token's row and for the embedding.
-        lora: train low-rank adapters in place of the layers' own matrices; needs the extra `lora`.
-        freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
-        activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
+        nonfinite: what to do with a step whose loss or gradient is not finite: `stop` the run before it is made, or
+            `skip` it, so that weights and optimizer stay as they are and the schedule goes on.
+        **options: see `Conversion`.
     """
 
-    denoiser: Denoiser
     tally: Tally  # of the last optimizer step
-    trainer: Any  # a Trainer whose datamodule is a TokenData
     maskings: ClassVar[tuple[str, ...]] = ("bernoulli", "exact", "exact_round", "tilted")
 
     def __init__(
         self,
         pattern: Pattern,
-        source: str | None = None,
-        config: dict[str, Any] | None = None,
-        pretrained: bool = True,
-        mask_token: int | str | None = None,
-        mask_init: int | str | None = None,
-        shift: Literal["none", "next_token"] | None = "none",
-        first_token: Literal["clean", "noisy"] = "clean",
         noise: Noise = NELBO,
         ar_weight: float = 0.0,
         lr: float = 1e-3,
@@ -88,13 +62,10 @@ class Recipe(L.LightningModule):
         weight_decay: float = 0.0,
         betas: tuple[float, float] = (0.9, 0.95),
         lr_scale: LrScale = LrScale(),
-        lora: Lora | None = None,
-        freeze: list[str] | None = None,
-        activation_checkpointing: bool = False,
+        nonfinite: nonfinite.Answer = "stop",
+        **options: Any,
     ) -> None:
-        super().__init__()
-        if (source is None) == (config is None):
-            raise ValueError("give one of model.source (a pretrained model) and model.config (to train from scratch)")
+        super().__init__(pattern, **options)
         if noise.masking not in self.maskings:
             raise ValueError(
                 f"noise.masking: {noise.masking} does not go with {type(self).__name__}, "
@@ -105,14 +76,10 @@ class Recipe(L.LightningModule):
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
         check_rates(lr, betas, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, weight_decay=weight_decay)
-        self.pattern = pattern
-        self.source_name, self.config_values, self.pretrained = source, config, pretrained
-        self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
-        self.shift: str = shift or stated(source, "shift")
         self.noise, self.ar_weight = noise, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
-        self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
+        self.nonfinite = nonfinite
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
         self._tally: Tensor | None = None
 
@@ -127,8 +94,6 @@ class Recipe(L.LightningModule):
     def phases(self) -> dict[str, int]:
         """Optimizer steps that what changes at the beginning of a run lasts, by its key."""
         return {"model.warmup_steps": self.warmup_steps}
-
-    predicate = staticmethod(sees)
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
         """The masks of a training step, one per noisy copy, with the weight of each masked token."""
@@ -174,10 +139,17 @@ class Recipe(L.LightningModule):
         tokens = max(1.0, self.tally.maskable)  # a number, because a DTensor divides by no plain tensor
         gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
         torch._foreach_div_(gradients, tokens)
-        self.log("train/loss", self.tally.loss / tokens, prog_bar=True)
-        self.log("train/grad_norm", total_norm(gradients))
+        loss, norm = self.tally.loss / tokens, total_norm(gradients).item()
+        self.log("train/loss", loss, prog_bar=True)
+        self.log("train/grad_norm", norm)
         for share, mean in self.tally.masked_ce.items():
             self.log(f"train/masked_ce/{share}", mean)
+        nonfinite.check(self, {"train/loss": loss, "train/grad_norm": norm}, self.nonfinite)
+
+    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *how: Any, **options: Any) -> None:
+        """Clip, unless the step was left out: torch's clipping by value fails where there is no gradient."""
+        if any(parameter.grad is not None for parameter in self.denoiser.parameters()):
+            super().configure_gradient_clipping(optimizer, *how, **options)
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""
@@ -228,92 +200,7 @@ class Recipe(L.LightningModule):
         document_BL = groups(batch.position_BL, batch.document_BL, None)
         return noise.draw(batch.u_BL, batch.t_BL, batch.maskable_BL, block_BL, document_BL)
 
-    # The model
-
-    @cached_property
-    def source(self) -> Source | None:
-        """The AR source, opened; None for a model that is trained from scratch."""
-        return Source(self.source_name) if self.source_name else None
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The source's tokenizer, or else the data module's."""
-        return self.source.tokenizer() if self.source else self.trainer.datamodule.tokenizer
-
-    @cached_property
-    def model_config(self) -> Any:
-        """The network's config, its vocabulary large enough for the tokenizer and the mask token."""
-        config = self.source.config if self.source else build_config(self.config_values or {})
-        if not self.source:
-            config.vocab_size = len(self.tokenizer) + 1
-            config.eos_token_id = config.pad_token_id = self.tokenizer.eos_token_id
-            config.bos_token_id = None
-        elif (tokens := mask_token.free_row(self.tokenizer)) > config.vocab_size:
-            raise ValueError(
-                f"model.source: the tokenizer of {self.source_name} has {tokens} tokens and its embedding "
-                f"{config.vocab_size} rows; they do not belong together"
-            )
-        if self.mask_token is None and not self._trained:
-            config.vocab_size = max(config.vocab_size, self.mask_id + 1)
-        return config
-
-    @property
-    def diffusion(self) -> Diffusion | None:
-        """How this recipe trains its model, for the model's config to state; None for an autoregressive one."""
-        if self.pattern == AUTOREGRESSIVE:
-            return None
-        return Diffusion(self.shift, self.pattern.block_size, self.mask_id)
-
-    @property
-    def _trained(self) -> Diffusion | None:
-        """How a source that is a diffusion model already was trained."""
-        return self.source.diffusion if self.source else None
-
-    @cached_property
-    def mask_id(self) -> int:
-        """The embedding row of the mask token."""
-        if self.mask_token is None and not self._trained:
-            return mask_token.free_row(self.tokenizer)
-        return mask_token.named_row(self.mask_token, self._trained, self.tokenizer, self.model_config.vocab_size)
-
-    @property
-    def mask_row(self) -> tuple[int, int | str] | None:
-        """The mask token's row and what it starts from, where `mask_init` says so; see `source.build`."""
-        return mask_token.start(self.mask_init, self.mask_id, self.tokenizer, self.model_config.vocab_size)
-
-    def configure_model(self) -> None:
-        """Build the Denoiser in the trainer's precision, sharded where the strategy shards."""
-        strategy = getattr(self._trainer, "strategy", None)
-        dtype = precision.settle(strategy)
-        if hasattr(self, "denoiser"):
-            return
-        source = self.source if self.pretrained else None
-        trained = self._trained if self.pretrained and self.pattern != AUTOREGRESSIVE else None
-        if trained and trained.shift not in (None, self.shift):
-            raise ValueError(
-                f"model.shift: {self.shift} would misread {self.source_name}, which was trained with {trained.shift}; "
-                "null takes the source's"
-            )
-        shard = getattr(strategy, "shard", None)
-        options: Any = {"mask_row": self.mask_row, "meta": bool(shard and source), "dtype": dtype}
-        network = build(self.model_config, source, attention.NAME, **options)
-        if self.diffusion:
-            setattr(network.config, layouts.KEY, asdict(self.diffusion))
-        if self.lora:
-            lora.adapt(network, self.lora)
-        freeze(network, self.frozen)
-        if self.activation_checkpointing:
-            network.gradient_checkpointing_enable({"use_reentrant": False})
-        denoiser = self.wrap(network)
-        if shard:
-            shard(denoiser, source, self.mask_row)
-        lora.start(network)
-        self.denoiser = denoiser
-
-    def wrap(self, network: PreTrainedModel) -> Denoiser:
-        """The Denoiser around a network, with the recipe's mask token, shift and predicate."""
-        ids = self.tokenizer.get_vocab().values()
-        return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate)
+    # The optimizer
 
     def configure_optimizers(self) -> Any:
         """AdamW with a cosine schedule over `trainer.max_steps`."""

@@ -147,6 +147,8 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             _pin(cli)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)
+    except FloatingPointError:  # of a step that was computed, and is noted in the run
+        raise
     except BaseException:
         if runs.is_first_process() and not (cli and cli.trainer.global_step):
             runs.discard(run)
@@ -214,14 +216,18 @@ def _tokenizer(run: Path, data: Any) -> Any:
     return data.trained_tokenizer()
 
 
-def reopen(folder: str, *overrides: str) -> tuple[Path, LightningCLI]:
-    """A run folder's trainer, model and data as its config describes them, wherever the folder lies now."""
+def reopen(folder: str, *overrides: str, into: str | None = None) -> tuple[Path, LightningCLI]:
+    """A run folder's trainer, model and data as its config describes them, wherever the folder lies now.
+
+    What the trainer writes goes there, or `into` another folder.
+    """
     run, origin = runs.open_run(folder)
     catalog.make_importable(
         catalog.RecipeFile(origin["recipe"], Path(origin["path"]), origin["origin"], origin["module"])
     )
     config = yaml.safe_load((run / runs.CONFIG).read_text())
-    return run, parse(_moved(config, config["trainer"].pop("default_root_dir"), str(run)), overrides, run)
+    config = _moved(config, config["trainer"].pop("default_root_dir"), str(run))
+    return run, parse(config, overrides, into or run)
 
 
 def _moved(value: Any, then: str, now: str) -> Any:
@@ -247,7 +253,10 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
         except SystemExit as stop:
             _leave(cli, stop.code)
             raise
-    _part()
+        except FloatingPointError:  # on all ranks, which then leave like those of any refusal
+            part()
+            raise
+    part()
     if trainer.global_step < trainer.max_steps and not trainer.should_stop:
         raise ValueError(
             f"the run ended at step {trainer.global_step} of {trainer.max_steps}: the trainer's limit_train_batches, "
@@ -265,7 +274,7 @@ def _leave(cli: LightningCLI, code: Any) -> None:
     if code != 1 and runs.is_first_process():
         print(f"dlm: stopped{onward if trainer.global_step else ' before the first step'}", file=sys.stderr)
     if trainer.global_step:
-        _part()
+        part()
     elif isinstance(launcher, _SubprocessScriptLauncher):  # the other ranks may wait for this one
         launcher.kill(signal.SIGKILL)
     started = isinstance(trainer._accelerator_connector.cluster_environment, LightningEnvironment)
@@ -273,7 +282,7 @@ def _leave(cli: LightningCLI, code: Any) -> None:
         interruption.outlive(os.getppid(), PATIENCE)
 
 
-def _part() -> None:
+def part() -> None:
     """End what connects the ranks; a process that exits with it is aborted now and then."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()

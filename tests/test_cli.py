@@ -199,7 +199,7 @@ def test_other_ranks_do_not_name_the_run(rank, monkeypatch, capsys):
 @pytest.mark.parametrize("rank", ["LOCAL_RANK", "SLURM_LOCALID"])
 def test_what_all_ranks_refuse_is_said_once_a_machine(rank, typed, monkeypatch, tmp_path):
     waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr(cli.interruption, "outlive", lambda parent, seconds: waited.append(seconds))
     assert typed("fit", "nothing", cwd=tmp_path, env={rank: "0"}).err.startswith("dlm: there is no recipe nothing")
     assert not waited
     said = typed("fit", "nothing", cwd=tmp_path, env={rank: "1"})

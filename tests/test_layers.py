@@ -18,7 +18,8 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
-    (2, {"checkpoint"}),
+    (2, {"conversion", "checkpoint"}),
+    (2, {"nonfinite"}),
     (2, {"module", "data", "strategies", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
@@ -26,7 +27,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"training"}),
     (4, {"allocator"}),
     (4, {"rehearsal"}),
-    (4, {"picture", "summary", "plan", "probe", "consolidate"}),
+    (4, {"picture", "summary", "plan", "probe", "consolidate", "replay"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}

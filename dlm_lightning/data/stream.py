@@ -25,6 +25,16 @@ class Draw(NamedTuple):
     index: int  # type: ignore[assignment]  # a tuple has a method of this name, which nobody calls on a draw
 
 
+class Sample(NamedTuple):
+    """A sample of an optimizer step: where it was computed, and which one it is; see `Draw`."""
+
+    micro_batch: int
+    rank: int
+    epoch: int
+    place: int
+    row: int
+
+
 class Order:
     """The samples of a run, one after another: each epoch is a permutation of the rows, and another one.
 
@@ -105,8 +115,12 @@ class TrainStream:
 
     def __iter__(self) -> Iterator[list[Draw]]:
         for micro_batch in range(self.start, self.stop):
-            first = (micro_batch * self.ranks + self.rank) * self.batch_size
-            yield [self.order.draw(n) for n in range(first, first + self.batch_size)]
+            yield self.draws(micro_batch, self.rank)
+
+    def draws(self, micro_batch: int, rank: int) -> list[Draw]:
+        """The samples of a rank's micro-batch, which is counted from the beginning of the run."""
+        first = (micro_batch * self.ranks + rank) * self.batch_size
+        return [self.order.draw(n) for n in range(first, first + self.batch_size)]
 
 
 class ValidationStream:

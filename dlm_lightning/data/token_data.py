@@ -28,6 +28,7 @@ from dlm_lightning.data.stream import (
     MixedOrder,
     NoisyRows,
     Order,
+    Sample,
     TrainStream,
     ValidationStream,
     collate,
@@ -168,9 +169,23 @@ class TokenData(L.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader:
         """The run's micro-batches for this rank, from the step at which the trainer stands."""
+        return self._loader("train", self._stream(), TRAIN)
+
+    def samples_of(self, step: int) -> list[Sample]:
+        """What the optimizer step of this number, from 1, is made of, on all ranks."""
+        trainer, stream = self.trainer, self._stream()
+        per_step = trainer.accumulate_grad_batches
+        return [
+            Sample(micro_batch, rank, *draw)
+            for micro_batch in range(per_step)
+            for rank in range(trainer.world_size)
+            for draw in stream.draws((step - 1) * per_step + micro_batch, rank)
+        ]
+
+    def _stream(self) -> TrainStream:
         trainer = self.trainer
         per_step = trainer.accumulate_grad_batches
-        stream = TrainStream(
+        return TrainStream(
             self.order,
             batch_size=self.batch_size,
             rank=trainer.global_rank,
@@ -178,7 +193,6 @@ class TokenData(L.LightningDataModule):
             start=trainer.global_step * per_step,
             stop=trainer.max_steps * per_step,
         )
-        return self._loader("train", stream, TRAIN)
 
     def val_dataloader(self) -> DataLoader:
         """The validation rows for this rank, with noise that is the same at each validation."""

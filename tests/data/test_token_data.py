@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from dlm_lightning.data import stream
 from dlm_lightning.data.rows import Document, pack
 from dlm_lightning.data.stream import VALIDATION
 from dlm_lightning.data.token_data import TokenData
@@ -278,6 +279,24 @@ def test_a_run_has_max_steps_times_accumulation_micro_batches(given, ready):
     batches = loaded(given, ready, max_steps=4, accumulate_grad_batches=3)
     assert len(batches) == 12
     assert torch.cat([batch.place_B for batch in batches]).tolist() == [n % 5 for n in range(24)]
+
+
+def test_the_samples_of_a_step_are_those_that_its_ranks_load_for_it(given, ready):
+    spread = {"world_size": 2, "accumulate_grad_batches": 2, "max_steps": 4}
+    batches = loaded(given, ready, **spread)
+    data = ready(given(DOCUMENTS, val=DOCUMENTS, batch_size=2), **spread)
+    rows, epochs = columns(data.rows["train"]), set()
+    for step in range(1, 5):
+        samples = data.samples_of(step)
+        together = joined(batches[4 * (step - 1) : 4 * step])
+        where = [(micro_batch, rank) for micro_batch in range(2) for rank in range(2) for _ in range(2)]
+        assert [(sample.micro_batch, sample.rank) for sample in samples] == where
+        assert [sample.place for sample in samples] == together[-1].tolist()
+        assert [rows[sample.row]["ids"] for sample in samples] == together[0].tolist()
+        noise = [uniforms(0, stream.TRAIN, sample.place, sample.epoch, view=0, length=8)[0] for sample in samples]
+        assert torch.equal(torch.stack(noise), together[4])
+        epochs |= {sample.epoch for sample in samples}
+    assert epochs == set(range(7))
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4])
