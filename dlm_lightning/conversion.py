@@ -34,6 +34,7 @@ class Conversion(L.LightningModule):
             diffusion source states, and any other than that is refused.
         first_token: with shift, whether the first token of a block is read from the `clean` context, as in decoding, or
             from the `noisy` previous block.
+        trust_remote_code: run the code that the source brings along for a model that transformers does not know.
         lora: train low-rank adapters in place of the layers' own matrices; needs the extra `lora`.
         freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
         activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
@@ -53,6 +54,7 @@ class Conversion(L.LightningModule):
         mask_init: int | str | None = None,
         shift: Literal["none", "next_token"] | None = "none",
         first_token: Literal["clean", "noisy"] = "clean",
+        trust_remote_code: bool = False,
         lora: Lora | None = None,
         freeze: list[str] | None = None,
         activation_checkpointing: bool = False,
@@ -63,13 +65,14 @@ class Conversion(L.LightningModule):
         self.pattern = pattern
         self.source_name, self.config_values, self.pretrained = source, config, pretrained
         self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
+        self.trusted = trust_remote_code
         self.shift: str = shift or stated(source, "shift")
         self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
 
     @cached_property
     def source(self) -> Source | None:
         """The AR source, opened; None for a model that is trained from scratch."""
-        return Source(self.source_name) if self.source_name else None
+        return Source(self.source_name, trusted=self.trusted) if self.source_name else None
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -131,8 +134,15 @@ class Conversion(L.LightningModule):
                 "null takes the source's"
             )
         shard = getattr(strategy, "shard", None)
-        options: Any = {"mask_row": self.mask_row, "meta": bool(shard and source), "dtype": dtype}
-        network = build(self.model_config, source, attention.NAME, **options)
+        network = build(
+            self.model_config,
+            source,
+            attention.NAME,
+            mask_row=self.mask_row,
+            meta=bool(shard and source),
+            dtype=dtype,
+            trusted=self.trusted,
+        )
         if self.diffusion:
             setattr(network.config, layouts.KEY, asdict(self.diffusion))
         if self.lora:

@@ -48,18 +48,21 @@ LAYOUTS = {
 }
 
 
-def read_config(folder: Path) -> PretrainedConfig:
-    """The config of a folder, of a published diffusion model as its layers' family; refuses what transformers lacks."""
+def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
+    """The config of a folder, of a published diffusion model as its layers' family; refuses what transformers lacks.
+
+    Code that the folder brings along is run only if it is trusted, and never for a published layout.
+    """
     values = _values(folder)
     if layout := LAYOUTS.get(values.get("model_type", "")):
         own = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id"}
         return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in own})
-    if values.get("model_type") not in CONFIG_MAPPING:
+    if values.get("model_type") not in CONFIG_MAPPING and not (trusted and "auto_map" in values):
         raise ValueError(
             f"model.source: {folder} is of model_type {values.get('model_type', 'none')}, which transformers does not "
-            "know; code that a model brings along is not run"
+            "know; code that a model brings along is not run unless model.trust_remote_code is true"
         )
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=trusted)
     if hasattr(config, KEY):  # what is made of it states its own
         delattr(config, KEY)
     return config

@@ -88,7 +88,7 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
     recipe.trainer = data.trainer = trainer
     trainer.datamodule = data
     if recipe.source_name:
-        recipe.source = Source(recipe.source_name, weights=False)
+        recipe.source = Source(recipe.source_name, weights=False, trusted=recipe.trusted)
     elif data.vocab_size is None:
         raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
     else:

@@ -14,7 +14,7 @@ from dlm_lightning import catalog
 from dlm_lightning.drift import place
 from dlm_lightning.module import Recipe
 from dlm_lightning.sight import check_readout, check_sight
-from dlm_lightning.source import Source, check_convertible
+from dlm_lightning.source import Source
 from dlm_lightning.training import WITHOUT_DEVICES, parse, quiet, step_zero
 
 RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
@@ -29,7 +29,6 @@ def probe(name: str, overrides: Sequence[str] = ()) -> None:
     """
     quiet()
     source = Source(name)
-    check_convertible(source.config)
     console = Console(highlight=False)
     network: PreTrainedModel | None = None
     for pattern in RECIPES:

@@ -26,16 +26,17 @@ from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 from dlm_lightning import layouts
 
 SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
-FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; no code
+FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; code only if it is trusted
 
 
-def locate(source: str, weights: bool = True) -> Path:
+def locate(source: str, weights: bool = True, code: bool = False) -> Path:
     """The local folder of a source: a folder, a run folder, a folder of numbered runs (the newest), or a hub id.
 
-    Raises FileNotFoundError, naming what is missing. Without `weights`, none are fetched or asked for.
+    Raises FileNotFoundError, naming what is missing. Without `weights`, none are fetched or asked for; with `code`, the
+    hub's Python files are fetched too.
     """
     check = _with_weights if weights else Path
-    patterns = [*FILES, *(["*.safetensors"] if weights else [])]
+    patterns = [*FILES, *(["*.safetensors"] if weights else []), *(["*.py"] if code else [])]
     path = Path(source).expanduser()
     if path.is_dir():
         runs = sorted((p for p in path.iterdir() if p.name.isdigit()), key=lambda p: int(p.name), reverse=True)
@@ -71,10 +72,11 @@ class Source:
     Args:
         source: a hub id, a local folder, or a run folder of this project.
         weights: false for config and tokenizer alone; there are no tensors then.
+        trusted: run the code that the folder brings along, where it does.
     """
 
-    def __init__(self, source: str, weights: bool = True) -> None:
-        self.folder = locate(source, weights)
+    def __init__(self, source: str, weights: bool = True, trusted: bool = False) -> None:
+        self.folder, self.trusted = locate(source, weights, code=trusted), trusted
         self._file_of: dict[str, str] = {}
         if weights:
             self._index()
@@ -95,7 +97,7 @@ class Source:
     @property
     def config(self) -> PretrainedConfig:
         """The source's configuration, a new copy at each call."""
-        return layouts.read_config(self.folder)
+        return layouts.read_config(self.folder, self.trusted)
 
     @property
     def diffusion(self) -> layouts.Diffusion | None:
@@ -115,7 +117,7 @@ class Source:
             raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
         kind = layouts.tokenizer_type(self.folder)
         return AutoTokenizer.from_pretrained(
-            self.folder, trust_remote_code=False, **({"tokenizer_type": kind} if kind else {})
+            self.folder, trust_remote_code=self.trusted, **({"tokenizer_type": kind} if kind else {})
         )
 
     def fingerprint(self) -> str:
@@ -170,8 +172,11 @@ def stated(source: str | None, key: str) -> Any:
     return value
 
 
-def check_convertible(config: PretrainedConfig) -> None:
-    """Refuse a model whose attention no mask of ours reaches, by name and with the reason."""
+def check_convertible(config: PretrainedConfig, trusted: bool = False) -> None:
+    """Refuse a model whose attention no mask of ours reaches, by name and with the reason.
+
+    Of a class that transformers does not know, which comes with trusted code, the probe finds that out.
+    """
     kind = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     others = set(getattr(config, "layer_types", None) or []) - {"full_attention", "sliding_attention"}
     reason = None
@@ -183,6 +188,8 @@ def check_convertible(config: PretrainedConfig) -> None:
         reason = f"has {', '.join(sorted(others))} layers, which no attention mask reaches"
     elif getattr(config, "num_attention_heads", None) is None:
         reason = "has no attention (a state-space or recurrent model), so no mask reaches it"
+    elif kind is None and trusted:
+        return
     elif kind is None or not getattr(kind, "_supports_attention_backend", False):
         reason = "has no causal model that uses transformers' attention interface, so its attention ignores our mask"
     if reason:
@@ -217,13 +224,14 @@ def build(
     mask_row: tuple[int, int | str] | None = None,
     meta: bool = False,
     dtype: torch.dtype = torch.float32,
+    trusted: bool = False,
 ) -> PreTrainedModel:
     """The network: from the source's weights, from random ones (source None), or empty on the meta device.
 
     Dropout is switched off. The vocabulary is `config.vocab_size`; rows that the source lacks hold the mean of its
     embeddings. `mask_row`, an id and its `initial_row`, sets one row of embedding and head, also one the source has.
     """
-    check_convertible(config)
+    check_convertible(config, trusted)
     config = copy.deepcopy(config)
     for key, value in config.to_dict().items():
         if "drop" in key and isinstance(value, float):
@@ -231,12 +239,12 @@ def build(
     if meta or source is None:
         with torch.device("meta" if meta else "cpu"):
             return AutoModelForCausalLM.from_config(
-                config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+                config, attn_implementation=attention, dtype=dtype, trust_remote_code=trusted
             )
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
     network = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, attn_implementation=attention, dtype=dtype, trust_remote_code=False
+        source.folder, config=config, attn_implementation=attention, dtype=dtype, trust_remote_code=trusted
     )
     old = config.vocab_size
     if rows != old:

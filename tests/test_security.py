@@ -32,13 +32,17 @@ def test_every_load_is_a_safe_one():
     assert not [(path, name) for path, name, _ in CALLS if name in unsafe]
 
 
-def test_code_of_a_model_is_declined_at_every_load():
+def test_code_of_a_model_is_declined_at_every_load_but_those_that_ask_whether_the_source_is_trusted():
     loads = [
         (path, keys)
         for path, name, keys in CALLS
         if name.startswith("Auto") and name.split(".")[1] in ("from_pretrained", "from_config")
     ]
-    assert len(loads) >= 4 and all(keys.get("trust_remote_code") == "False" for _, keys in loads), loads
+    asks = {"trusted": "dlm_lightning/", "self.trusted": "dlm_lightning/source.py"}
+    assert len(loads) >= 4
+    for path, keys in loads:
+        trust = keys.get("trust_remote_code")
+        assert trust == "False" or path.startswith(asks[trust]), (path, keys)
 
 
 def test_pickled_weights_are_refused_by_name(source_folder, tmp_path):
@@ -48,24 +52,58 @@ def test_pickled_weights_are_refused_by_name(source_folder, tmp_path):
         locate(str(tmp_path))
 
 
+@pytest.fixture
+def with_code(source_folder, tmp_path):
+    """`with_code(known)`: a source with a config and a model class of its own, which leave `it ran` when imported."""
+
+    def make(known: bool) -> Path:
+        folder, marker = tmp_path / "source", tmp_path / "it ran"
+        shutil.copytree(source_folder(), folder)
+        code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nfrom transformers import Qwen3Config\n"
+        code += "class C(Qwen3Config):\n    model_type = 'x'\n"
+        (folder / "config_x.py").write_text(code)
+        code = "from transformers import Qwen3ForCausalLM\nfrom .config_x import C\n"
+        (folder / "model_x.py").write_text(code + "class M(Qwen3ForCausalLM):\n    config_class = C\n")
+        config = json.loads((folder / "config.json").read_text())
+        config["auto_map"] = {"AutoConfig": "config_x.C", "AutoModelForCausalLM": "model_x.M"}
+        (folder / "config.json").write_text(json.dumps(config | ({} if known else {"model_type": "x"})))
+        return folder
+
+    return make
+
+
 @pytest.mark.parametrize("known", [True, False])
 @pytest.mark.parametrize("command", ["fit", "plan", "probe", "show"])
-def test_code_of_a_model_is_never_run(command, known, source_folder, corpus, typed, tmp_path):
-    folder, marker = tmp_path / "source", tmp_path / "it ran"
-    shutil.copytree(source_folder(), folder)
-    code = f"from pathlib import Path\nPath({str(marker)!r}).touch()\nfrom transformers import Qwen3Config as C\n"
-    (folder / "code_x.py").write_text(code + "from transformers import Qwen3ForCausalLM as M\n")
-    config = json.loads((folder / "config.json").read_text())
-    config["auto_map"] = {"AutoConfig": "code_x.C", "AutoModelForCausalLM": "code_x.M"}
-    (folder / "config.json").write_text(json.dumps(config | ({} if known else {"model_type": "x"})))
+def test_code_of_a_model_is_not_run(command, known, with_code, corpus, typed, tmp_path):
+    folder = with_code(known)
     options = [f"model.source={folder}", "trainer.max_steps=1", "data.row_length=32", f"data.paths=[{corpus}]"]
     words = [folder] if command == "probe" else ["block_causal", *options, "trainer.limit_val_batches=0"]
     said = typed(command, *words, cwd=tmp_path)
-    assert not marker.exists()
+    assert not (tmp_path / "it ran").exists()
     if known or command == "show":  # which draws a pattern and opens no model
         assert said.code == 0, said
     else:
-        assert said.code == 1 and "code that a model brings along is not run" in said.err
+        assert said.code == 1 and "is not run unless model.trust_remote_code is true" in said.err
+
+
+def test_code_of_a_source_that_is_trusted_is_run_and_of_no_other(with_code, small, typed, tmp_path, monkeypatch):
+    """The finished model brings the code along, and is a source that must be trusted by its own recipe."""
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder, marker = with_code(known=False), tmp_path / "it ran"
+    callbacks = [
+        f"{{class_path: dlm_lightning.callbacks.{name}}}"
+        for name in ("checkpoints.Checkpoints", "save_pretrained.SavePretrained")
+    ]
+    words = small(model__source=folder, trainer__callbacks=f"[{', '.join(callbacks)}]")
+    said = typed("fit", "block_causal", *words, "model.trust_remote_code=true", "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert marker.exists()
+    assert typed("plan", "block_causal", *words, "model.trust_remote_code=true", cwd=tmp_path).code == 0
+    assert typed("probe", folder, "model.trust_remote_code=true", cwd=tmp_path).code == 0
+    marker.unlink()
+    said = typed("fit", "block_causal", *small(model__source="run"), "--run", "next", cwd=tmp_path)
+    assert said.code == 1 and "is not run unless model.trust_remote_code is true" in said.err
+    assert not marker.exists()
 
 
 @pytest.mark.parametrize("name", ["../x", "a/b", "..", ".", "/x", ""])
