@@ -23,7 +23,7 @@ FIT_HELP = """
 key=value stands for LightningCLI's --key=value; all of its options work:
   --print_config            the resolved configuration, then stop
   --help, --model.help CLASS, --data.help CLASS   what can be set
-  --ckpt_path FILE          start a new run from a checkpoint
+  --ckpt_path DIR           start a new run from a checkpoint, such as runs/block_causal/1/checkpoints/step=100
 """
 PATIENCE = 10  # seconds that a rank which failed leaves to the first one of its machine, to say why
 
@@ -133,7 +133,7 @@ def _dispatch(argv: list[str]) -> int:
 def _fit(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="dlm fit",
-        usage="dlm fit RECIPE [key=value …] [--run DIR] [--ckpt_path FILE] [LightningCLI options]",
+        usage="dlm fit RECIPE [key=value …] [--run DIR] [--ckpt_path DIR] [LightningCLI options]",
         description="Train a recipe in a new run folder.",
         epilog=FIT_HELP,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -141,7 +141,7 @@ def _fit(argv: list[str]) -> int:
         allow_abbrev=False,
     )
     parser.add_argument("--run", metavar="DIR", help="the run folder; default runs/<recipe>/<number>")
-    parser.add_argument("--ckpt_path", metavar="FILE", help="a checkpoint of the same recipe to start from")
+    parser.add_argument("--ckpt_path", metavar="DIR", help="a checkpoint of the same recipe to start from")
     args, words = parser.parse_known_args(argv)
     recipe = next((word for word in words if not word.startswith("-") and "=" not in word), None)
     if recipe is None and {"--help", "-h"} & set(words):
