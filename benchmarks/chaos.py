@@ -39,7 +39,7 @@ RANKS = {"1": [], "2 ddp": ["trainer.devices=2", "trainer.strategy=ddp"]}
 RANKS["2 fsdp2"] = ["trainer.devices=2", "trainer.strategy=fsdp2"]
 WORDS = "the quick brown fox jumps over the lazy dog while seven wizards judge my vow of quartz"
 STEPS = 90
-PATIENCE = 120  # seconds until a rank that should have ended counts as hanging
+PATIENCE = 300  # seconds until a rank that should have ended counts as hanging
 PER_RUN = 12  # kills before a run is left to finish
 BEGUN = "begun"
 MARK = f"""

@@ -7,13 +7,12 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.pytorch.callbacks import Checkpoint
 
 from dlm_lightning import checkpoint, interruption
 from dlm_lightning.module import Recipe
 
 
-class Checkpoints(Checkpoint):
+class Checkpoints(L.pytorch.callbacks.Checkpoint):
     """Saves every so many optimizer steps and after the last one, whole or not at all, in `<run>/checkpoints`.
 
     After SIGTERM, SIGUSR1 or Ctrl-C to any rank the optimizer step under way is the last for now: all ranks log it,

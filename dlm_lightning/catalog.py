@@ -16,7 +16,10 @@ from typing import Any
 from warnings import warn
 
 ENTRY_POINTS = "dlm_lightning.recipes"
-PLUGINS = {"data modules": ("dlm_lightning.data", "TokenData"), "callbacks": ("dlm_lightning.callbacks", "Callback")}
+PLUGINS = {  # where they lie, and the names of what they extend
+    "data modules": ("dlm_lightning.data", ("TokenData",)),
+    "callbacks": ("dlm_lightning.callbacks", ("Callback", "Checkpoint")),
+}
 
 
 @dataclass(frozen=True)
@@ -139,12 +142,14 @@ def make_importable(recipe: RecipeFile) -> None:
         warn(f"plug-in {recipe.name} ({recipe.module}) fails to import: {error}", stacklevel=2)
 
 
-def classes(package: str, base: str) -> Iterator[tuple[str, str]]:
-    """(class path, first line of its docstring) of the classes in a package that extend `base`, without importing."""
+def classes(package: str, bases: tuple[str, ...]) -> Iterator[tuple[str, str]]:
+    """(class path, first line of its docstring) of a package's classes that extend one of `bases`; imports nothing."""
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and base in {ast.unparse(parent).split(".")[-1] for parent in node.bases}:
+            if isinstance(node, ast.ClassDef) and any(
+                ast.unparse(parent).split(".")[-1] in bases for parent in node.bases
+            ):
                 doc = (ast.get_docstring(node) or "").split("\n")[0]
                 yield f"{package}.{path.stem}.{node.name}", doc

@@ -181,8 +181,8 @@ def _report(run: Path) -> int:
 
 def _list() -> int:
     tables = {"recipes": [(recipe.name, _title(recipe.path), recipe.origin) for recipe in catalog.recipes()]}
-    for title, (package, base) in catalog.PLUGINS.items():
-        found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, base)]
+    for title, (package, bases) in catalog.PLUGINS.items():
+        found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, bases)]
         tables[title] = [(name, about, module) for module, name, about in found]
     width = max(len(name) for rows in tables.values() for name, *_ in rows)
     columns = max(40, shutil.get_terminal_size().columns - width - 4)

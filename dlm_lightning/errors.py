@@ -52,8 +52,8 @@ def sentence(error: BaseException) -> str:
         if match := re.match(r"module '([^']+)' has no attribute '([^']+)'", reason):
             return f"{key}.class_path: there is no {match[2]} in {match[1]}{nearest(match[2], _names(match[1]))}"
     if match := re.match(r"Expected a dot import path string: (\S+)", reason):
-        plugins = [("dlm_lightning.recipes", "Recipe"), *PLUGINS.values()]
-        known = [path for package, base in plugins for path, _ in classes(package, base)]
+        plugins = [("dlm_lightning.recipes", ("Recipe",)), *PLUGINS.values()]
+        known = [path for package, bases in plugins for path, _ in classes(package, bases)]
         meant = nearest(match[1], [_last(path) for path in known])
         full = next((path for path in known if meant.endswith(f" {_last(path)}?")), "")
         return f"{key}.class_path: {match[1]} is not a full class path" + (f"; did you mean {full}?" if full else "")

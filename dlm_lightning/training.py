@@ -95,6 +95,9 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
     cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # see interruption
+    trainer: Any = cli.trainer
+    if ModelCheckpoint.__name__ not in str(cli.config.trainer.callbacks):  # Lightning adds one where nothing saves
+        trainer.callbacks = [callback for callback in trainer.callbacks if type(callback) is not ModelCheckpoint]
     if type(cli.trainer.strategy).save_checkpoint is Strategy.save_checkpoint:
         cli.trainer.strategy.checkpoint_io = checkpoint.ElasticIO()
     return cli
@@ -252,9 +255,6 @@ def _train(cli: LightningCLI, start: Path | None) -> None:
             trainer.fit(cli.model, cli.datamodule, ckpt_path=state, weights_only=True)
         except SystemExit as stop:
             _leave(cli, stop.code)
-            raise
-        except FloatingPointError:  # on all ranks, which then leave like those of any refusal
-            part()
             raise
     part()
     if trainer.global_step < trainer.max_steps and not trainer.should_stop:

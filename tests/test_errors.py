@@ -66,7 +66,7 @@ CLASSES = {
     "data.class_path=TextFile": "did you mean dlm_lightning.data.text_files.TextFiles?",
     "data.class_path=ShortAnswer": "did you mean dlm_lightning.data.short_answers.ShortAnswers?",
     f"trainer.callbacks=[{{class_path: {CHECKPOINTS[:-1]}}}]": "there is no Checkpoint in "
-    "dlm_lightning.checkpoint; did you mean Checkpoints?",
+    "dlm_lightning.callbacks.checkpoints; did you mean Checkpoints?",
     "trainer.callbacks=[{class_path: Sample}]": "did you mean dlm_lightning.callbacks.samples.Samples?",
     f"trainer.callbacks=[{{class_path: {CHECKPOINTS}, init_args: {{every_n_step: 2}}}}]":
     "trainer.callbacks.every_n_step: Checkpoints takes no such key; did you mean every_n_steps?",

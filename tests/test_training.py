@@ -203,6 +203,17 @@ def test_a_run_that_moved_continues_from_anywhere(dlm, small, corpus, tmp_path):
     assert (there / "checkpoints" / "step=6").is_dir()
 
 
+def test_a_run_without_checkpoints_writes_none(typed, small, tmp_path):
+    """Lightning would write one of its own, which no resume could read."""
+    words = small(trainer__callbacks="[]", trainer__limit_val_batches=0)
+    assert typed("fit", "block_causal", *words, "--run", "run", cwd=tmp_path).code == 0
+    assert not list((tmp_path / "run" / "checkpoints").iterdir())
+    before = metrics(tmp_path / "run")
+    said = typed("resume", "run", cwd=tmp_path)
+    assert (said.code, "no checkpoint yet; it starts again from step 0" in said.out) == (0, True), said
+    assert metrics(tmp_path / "run") == before
+
+
 SIGNALS = pytest.mark.parametrize(("signal_name", "code"), [("SIGINT", 130), ("SIGTERM", 143)])
 
 
