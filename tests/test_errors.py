@@ -144,6 +144,7 @@ VALUES = {
     "data.paths=[*.nothing]": "data.paths: expected a list, written [one, two]",  # an alias, to YAML
     "data.paths=corpus": "data.paths: expected a list, written [one, two]",
     "data.paths=[]": "data.paths: ",
+    "data.val_paths=[]": "data.val_paths must name what to validate on; null keeps a share of data.paths",
     "data.paths=[hollow]": "data.paths: hollow holds no file (.py .md ",
     "data.paths=[blank]": "data: the train split is empty; it needs more documents",
     "model.block_size=32": "data.row_length must be at least model.block_size, 32, not 24",
