@@ -33,7 +33,10 @@ from dlm_lightning.training import WITHOUT_DEVICES
 
 CASES = os.environ.get("DLM_FUZZ_CASES")
 fuzzed = settings(max_examples=int(CASES or 40), derandomize=CASES is None)
-RECIPES = [recipe.path for recipe in catalog.recipes() if recipe.origin == "dlm_lightning"]
+RECIPES = {
+    recipe.path: catalog.compose(recipe.path) for recipe in catalog.recipes() if recipe.origin == "dlm_lightning"
+}
+DATA = [path for path, _ in catalog.classes(*catalog.PLUGINS["data modules"])]
 TEMPLATE = "{% for m in messages %}<{{ m.role }}>{{ m.content }}\n{% endfor %}" + (
     "{% if add_generation_prompt %}<assistant>{% endif %}"
 )
@@ -143,41 +146,45 @@ def a_class(draw: st.DrawFn) -> dict[str, Any]:
     return {"class_path": path, **({"init_args": args} if args else {})}
 
 
+MANNERS = (
+    *["of its type"] * 12, *["edge"] * 5, *["classes"] * 4,
+    *("appended", "misspelt", "nested", "misplaced", "plus"),
+)  # fmt: skip
+
+
 @st.composite
 def override(draw: st.DrawFn, sections: dict[str, dict[str, Any]]) -> tuple[str, str]:
     """A key, right or wrong, and the text of a value."""
     section = draw(st.sampled_from([*sections]))
     key, kind = draw(st.sampled_from([*sections[section].items()]))
-    fitting = of_type(kind)
-    how = draw(
-        st.sampled_from(
-            ["type"] * 12 + ["edge"] * 5 + ["key", "nested", "section", "more", "class", "swap", "swap", "swap"]
-        )
-    )
-    if how == "swap" or (how == "type" and fitting.is_empty) or (how == "class" and section != "trainer"):
+    manner, fitting = draw(st.sampled_from(MANNERS)), of_type(kind)
+    if manner == "appended":
+        return draw(st.sampled_from(["trainer.callbacks+", "trainer.logger+"])), draw(st.sampled_from(CLASSES))
+    if manner == "classes" or (manner == "of its type" and fitting.is_empty):
         place = draw(st.sampled_from(["trainer.callbacks", "trainer.logger"]))
         return place, flow(draw(st.lists(a_class(), max_size=2) | a_class()))
-    if how == "class":
-        return draw(st.sampled_from(["trainer.callbacks+", "trainer.logger+"])), draw(st.sampled_from(CLASSES))
-    text = draw(fitting.map(flow)) if how == "type" else draw(st.sampled_from(EDGES))
-    if key.rsplit(".", 1)[-1] in WORK and (text in HUGE or re.search(r"inf|[2-9]\d|\d\d\d", text)):
-        text = "-1"
-    if key == "cache_dir" and text[:1] in ("/", "~", "."):  # a place that is none of this test's
-        text = "a"
-    if key == "paths" and text in ("null", "~", "", " "):  # the standard library, a minute's work
-        text = "[]"
-    if key == "devices" and re.search(r"\d", text):  # more than one starts processes
-        text = draw(st.sampled_from(["1", "0", "-1", "[0]", "[]"]))
-    if how == "key":
+    text = draw(fitting.map(flow) if manner == "of its type" else st.sampled_from(EDGES))
+    text = affordable(key.rsplit(".", 1)[-1], text)
+    if manner == "misspelt":
         place = draw(st.integers(0, len(key) - 1))
         key = key[:place] + draw(st.sampled_from(["", "x", "_", "é", "-"])) + key[place + 1 :] or "x"
-    if how == "nested":
-        key = f"{key}.zzz"
-    if how == "section":
+    if manner == "misplaced":
         section = draw(st.sampled_from(["model", "data", "trainer", "modle", "zzz", "seed_everything"]))
-    if how == "more":
-        key = f"{key}+"
-    return (f"{section}.{key}", text) if key != "seed_everything" else (key, text)
+    key += {"nested": ".zzz", "plus": "+"}.get(manner, "")
+    return (key if key == "seed_everything" else f"{section}.{key}"), text
+
+
+def affordable(name: str, text: str) -> str:
+    """The text, unless it asks for long work, for other processes, or for a place that is none of this test's."""
+    if name in WORK and (text in HUGE or re.search(r"inf|[2-9]\d|\d\d\d", text)):
+        return "-1"
+    if name == "devices" and re.search(r"[2-9]|\d\d", text):  # each one is a process
+        return "1"
+    if name == "cache_dir" and text[:1] in ("/", "~", "."):
+        return "a"
+    if name == "paths" and text in ("null", "~", "", " "):  # the standard library
+        return "[]"
+    return text
 
 
 # Recipes
@@ -201,7 +208,7 @@ def place(source_folder: Callable[..., Path], corpus: Path, tmp_path_factory: py
 
 def tiny(recipe: Path, data: str, place: Place) -> dict[str, Any]:
     """A recipe that extends a shipped one to be a matter of a second, on a data module."""
-    model = catalog.compose(recipe)["model"]
+    model = RECIPES[recipe]["model"]
     short = {"class_path": "dlm_lightning.data.short_answers.ShortAnswers", "init_args": {"samples": 20}}
     own = {
         "TextFiles": {"paths": [str(place.corpus)], "val_share": 0.2},
@@ -261,10 +268,9 @@ def _block(tree: dict[str, Any], depth: int) -> str:
 @st.composite
 def cases(draw: st.DrawFn) -> Case:
     """A shipped recipe with a handful of overrides."""
-    recipe = draw(st.sampled_from(RECIPES))
-    data = draw(st.sampled_from([path for path, _ in catalog.classes(*catalog.PLUGINS["data modules"])]))
+    recipe, data = draw(st.sampled_from([*RECIPES])), draw(st.sampled_from(DATA))
     sections = {
-        "model": keys(catalog.compose(recipe)["model"]["class_path"]),
+        "model": keys(RECIPES[recipe]["model"]["class_path"]),
         "data": keys(data),
         "trainer": {**keys("lightning.pytorch.Trainer"), "seed_everything": int},
     }
