@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -89,18 +89,29 @@ def check_nulls(config: Any) -> None:
         if section != "trainer" and "class_path" not in own:
             raise ValueError(f"the recipe lacks {section}.class_path")
         path, given = ("lightning.pytorch.Trainer", own) if section == "trainer" else (own.class_path, own.init_args)
-        for name, parameter in parameters(path).items():
+        try:
+            taken = parameters(path)
+        except (NameError, AttributeError):  # annotations for a type checker alone, or a function in a class's place
+            continue
+        for name, parameter in taken.items():
             if name in given:
                 _check_null(f"{section}.{name}", parameter.annotation, given[name])
 
 
 def _check_null(key: str, kind: Any, value: Any) -> None:
-    kinds = get_args(kind) or [kind]
-    if value is None and not {Any, NoneType, inspect.Parameter.empty} & {*kinds}:
+    kinds = list(_kinds(kind))
+    if value is None and not any(kind in (Any, None, NoneType, object, inspect.Parameter.empty) for kind in kinds):
         raise ValueError(f"{key} must not be null; leave it out for its default")
-    for fields in (get_type_hints(kind) for kind in kinds if value is not None and is_dataclass(kind)):
+    for fields in (get_type_hints(kind) for kind in kinds if is_dataclass(kind) and hasattr(value, "items")):
         for name, hint in fields.items():
-            _check_null(f"{key}.{name}", hint, value[name])
+            _check_null(f"{key}.{name}", hint, value.get(name, ""))
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield kind
+    for part in get_args(kind):
+        yield from _kinds(part)
 
 
 def _key(text: str) -> str:

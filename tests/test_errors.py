@@ -194,6 +194,20 @@ def test_a_callback_whose_default_is_an_enum_is_written_to_the_configuration(typ
     )
 
 
+def test_a_recipe_whose_annotations_are_for_a_type_checker_alone_is_not_looked_into(typed, small, tmp_path):
+    (tmp_path / "checked.py").write_text(
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "from dlm_lightning.recipes.block_causal import BlockCausal\n"
+        "if TYPE_CHECKING:\n    from fractions import Fraction\n"
+        "class Checked(BlockCausal):\n"
+        "    def __init__(self, extra: Fraction | None = None, **options):\n        super().__init__(**options)\n"
+    )
+    (tmp_path / "checked.yaml").write_text(f"extends: {SHIPPED}\nmodel: {{class_path: checked.Checked}}\n")
+    said = typed("fit", "checked.yaml", *small(trainer__max_steps=1), "trainer.callbacks=[]", cwd=tmp_path)
+    assert said.code == 0, said.err
+
+
 def test_the_run_folder_is_not_moved_by_a_configuration_file(refused, small, tmp_path):
     (tmp_path / "more.yaml").write_text("trainer: {default_root_dir: elsewhere}")
     said = refused("fit", "block_causal", *small(), "--config", "more.yaml", "--run", "a", cwd=tmp_path)
