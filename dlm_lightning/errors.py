@@ -7,6 +7,7 @@ import inspect
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import is_dataclass
+from traceback import walk_tb
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -29,6 +30,8 @@ _OBJECT = re.compile(r"<(?:[\w.]+\.)?(\w+)(?: object)? at 0x[0-9a-f]+>")
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line."""
     text = _OBJECT.sub(r"\1", " ".join(str(error).split())) or type(error).__name__
+    if (callback := _callback(error)) and callback not in text:
+        return f"callback {callback}: {text}"
     if match := _INTERPOLATION.match(text):
         return f"{match[2].replace('.init_args', '')}: {match[1]}"
     if match := re.match(r"unrecognized arguments: (\S+)", text):
@@ -67,6 +70,15 @@ def sentence(error: BaseException) -> str:
         inner, reason = match.groups()
         key = inner if inner.startswith(f"{key}.") or inner == key else ".".join(filter(None, (key, inner)))
     return _readable(key, reason)
+
+
+def _callback(error: BaseException) -> str:
+    """The class of somebody else's callback that an error came through, or nothing."""
+    for frame, _ in walk_tb(error.__traceback__):
+        own = type(frame.f_locals.get("self"))
+        if not own.__module__.startswith("dlm_lightning") and "Callback" in {base.__name__ for base in own.__mro__}:
+            return own.__name__
+    return ""
 
 
 def check_overrides(words: Sequence[str], config: Any) -> None:

@@ -116,6 +116,9 @@ VALUES = {
     "trainer.max_time={}": "trainer.max_time must be null",
     "trainer.barebones=true": "`Trainer(barebones=True, logger=[MetricsCSV, TensorBoardLogger])` was passed",
     "trainer.logger={class_path: lightning.pytorch.loggers.MLFlowLogger}": "MLFlowLogger: Requirement 'mlflow",
+    "trainer.callbacks={class_path: lightning.pytorch.callbacks.BackboneFinetuning}": "callback BackboneFinetuning: "
+    "'BlockCausal' object has no attribute 'backbone'",
+    "trainer.callbacks={class_path: lightning.pytorch.callbacks.BaseFinetuning}": "callback BaseFinetuning: ",
     "trainer.val_check_interval=0": "trainer.val_check_interval must not be 0; trainer.limit_val_batches=0",
     "data.vocab_size=300": "data.vocab_size must be null: the source brings its own tokenizer",
     "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
