@@ -1,14 +1,17 @@
 # make demo   the main job on embedded real data          make check      linter, formatter, types
 # make test   the tests not marked slow                   make test-all   also the slow ones
-# make dev    only the environment, .venv                 make chaos      100 kills, an hour (docs/results/reliability.md)
+# make dev    only the environment, .venv                 make fuzz       recipes and command lines at random, CASES= SEED=
+# make chaos  100 kills, an hour (docs/results/reliability.md)
 SHELL := /bin/bash
 PYTHON ?= python3
 BIN := .venv/bin
+CASES ?= 1000
+SEED ?= 0
 export HF_HUB_OFFLINE ?= 1
 # the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dev demo test test-all test-slow check chaos
+.PHONY: dev demo test test-all test-slow fuzz chaos check
 dev: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -36,6 +39,10 @@ test-all: test test-slow
 
 chaos: dev
 	$(BIN)/python benchmarks/chaos.py --kills 100 --seed 0 --write
+
+# As many cases of each property as CASES says, the same ones for the same SEED; in the tests there are 40.
+fuzz: dev
+	DLM_FUZZ_CASES=$(CASES) $(BIN)/pytest -n 0 --timeout 7200 --hypothesis-seed $(SEED) --hypothesis-show-statistics tests/test_fuzz.py
 
 check: dev
 	$(BIN)/ruff check .

@@ -5,26 +5,33 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import is_dataclass
+from traceback import walk_tb
+from types import NoneType
+from typing import Any, get_args, get_type_hints
 
 from dlm_lightning.catalog import PLUGINS, classes, nearest
 
 SECTIONS = ("model", "data", "trainer", "seed_everything")
 _TAIL = re.compile(
-    r" - Expected a <class 'NoneType'>.*| Given value type: .*| - Not a valid sub.*| Subclass types .*| - Parser key .*"
+    r" - Expected a <class '(?:NoneType|collections.abc.Iterable)'>.*| Given value type: .*| - Not a valid sub.*"
+    r"| Subclass types .*| - Parser key .*"
 )
 _NULLABLE = re.compile(r"Expected an? (?:<class 'int'>|\S*Literal).* - Expected a <class 'NoneType'>")
-_GIVEN = re.compile(r"Given value: (.*?)(?: - Expected .*)?$")
+_GIVEN = re.compile(r"Given value:(.*?)(?: - Expected .*)?$")
 _IN_YAML = re.compile(r"Group '([^']+)' does not accept option '([^']+)'")
 _AS_OVERRIDE = re.compile(r"unrecognized arguments: --(\w+)\.([^=\s]+)")
 _INTERPOLATION = re.compile(r"\w+ raised while resolving interpolation: (.*) full_key: (\S+)")  # OmegaConf's
 _TYPE = re.compile(r"<class '([^']+)'>|typing\.")
+_OBJECT = re.compile(r"<(?:[\w.]+\.)?(\w+)(?: object)? at 0x[0-9a-f]+>")
 
 
 def sentence(error: BaseException) -> str:
     """What went wrong, in one line."""
-    text = " ".join(str(error).split()) or type(error).__name__
+    text = _OBJECT.sub(r"\1", " ".join(str(error).split())) or type(error).__name__
+    if (callback := _callback(error)) and callback not in text:
+        return f"callback {callback}: {text}"
     if match := _INTERPOLATION.match(text):
         return f"{match[2].replace('.init_args', '')}: {match[1]}"
     if match := re.match(r"unrecognized arguments: (\S+)", text):
@@ -33,17 +40,19 @@ def sentence(error: BaseException) -> str:
         return _unknown(match[1] or f"{match[2]}.{match[3]}")
     if match := re.match(r"the following arguments are required: (.*)", text):
         return f"the recipe lacks {match[1]}"
-    if "must be a mapping, not NoneType" in text:
-        return "a key that takes keys of its own, such as model.noise, is null; give its keys or leave it out"
+    if match := re.search(r"Key must be a string, got: (\S+)\.", text):
+        return f"a key in the recipe is {match[1]}, and keys are names"
     if "Errors: - " not in text and not text.startswith("Parser key "):
         return text
     key = _key(text)
     full = text.rsplit("Errors: - ", 1)[-1]
     reason = _TAIL.sub("", full)
     if _NULLABLE.match(full) and (given := _GIVEN.search(full)):
-        reason = f"{reason}. Got value: {given[1]}"  # of a key that may be null, which says it elsewhere
+        value = given[1].strip() or "nothing"
+        reason = f"{reason}. Got value: {value}"  # of a key that may be null, which says it elsewhere
     if match := re.match(r"Problem with given class_path '([^']+)': (.*)", reason):
         path, reason = match.groups()
+        key = key or _last(path)  # of a class that fails once it is made
         if match := re.match(r"Option '([^']+)' is not accepted", reason):
             return f"{key}.{match[1]}: {_last(path)} takes no such key{nearest(match[1], parameters(path))}"
         if match := _IN_YAML.match(reason) or _AS_OVERRIDE.match(reason):
@@ -63,6 +72,15 @@ def sentence(error: BaseException) -> str:
     return _readable(key, reason)
 
 
+def _callback(error: BaseException) -> str:
+    """The class of somebody else's callback that an error came through, or nothing."""
+    for frame, _ in walk_tb(error.__traceback__):
+        own = type(frame.f_locals.get("self"))
+        if not own.__module__.startswith("dlm_lightning") and "Callback" in {base.__name__ for base in own.__mro__}:
+            return own.__name__
+    return ""
+
+
 def check_overrides(words: Sequence[str], config: Any) -> None:
     """Refuse an override of a nested key that the parser dropped without a word (it checks these in YAML only)."""
     for word in words:
@@ -74,6 +92,38 @@ def check_overrides(words: Sequence[str], config: Any) -> None:
             if known and name not in known:
                 raise ValueError(f"there is no key {section}.{'.'.join(path)}{nearest(name, known)}")
             known = getattr(known.get(name), "__dict__", {})  # none of a plain dict, which takes any key
+
+
+def check_nulls(config: Any) -> None:
+    """Refuse a null of a key that takes none, which the parser lets pass if it stands in YAML."""
+    for section in ("model", "data", "trainer"):
+        own = config[section]
+        if section != "trainer" and "class_path" not in own:
+            raise ValueError(f"the recipe lacks {section}.class_path")
+        path, given = ("lightning.pytorch.Trainer", own) if section == "trainer" else (own.class_path, own.init_args)
+        try:
+            taken = parameters(path)
+        except (NameError, AttributeError):  # annotations for a type checker alone, or a function in a class's place
+            continue
+        for name, parameter in taken.items():
+            if name in given:
+                _check_null(f"{section}.{name}", parameter.annotation, given[name])
+
+
+def _check_null(key: str, kind: Any, value: Any) -> None:
+    kinds = list(_kinds(kind))
+    if value is None and not any(kind in (Any, None, NoneType, object, inspect.Parameter.empty) for kind in kinds):
+        raise ValueError(f"{key} must not be null; leave it out for its default")
+    for fields in (get_type_hints(kind) for kind in kinds if is_dataclass(kind) and hasattr(value, "items")):
+        for name, hint in fields.items():
+            _check_null(f"{key}.{name}", hint, value.get(name, ""))
+
+
+def _kinds(kind: Any) -> Iterator[Any]:
+    """An annotation and all that it is made of."""
+    yield kind
+    for part in get_args(kind):
+        yield from _kinds(part)
 
 
 def _key(text: str) -> str:
@@ -88,6 +138,11 @@ def _readable(key: str, reason: str) -> str:
     reason = re.sub(r"Expected an? (.+?)\.? Got value: (.*)", r"expected \1, got \2", reason)
     reason = re.sub(r"NestedArg\(key='(.+?)', .*\)", r"a key \1", reason)
     reason = re.sub(r"Unable to load config (.*)", r"expected keys and values, got \1", reason)
+    reason = re.sub(r"'\w+' object has no attribute 'keys'", "init_args takes keys and values", reason)
+    reason = re.sub(
+        r"unsupported operand type\(s\) for \+: '(\w+)' and 'str'", r"a key is a \1, and keys are names", reason
+    )
+    reason = re.sub(r"the following arguments are required: (.*)", r"it lacks \1", reason)
     reason = re.sub(r"^Expected an? ", "expected ", reason).replace(" - Expected a ", " or ")
     reason = re.sub(r"^expected list$", "expected a list, written [one, two]", reason)
     return f"{key}: {reason}" if key and not reason.startswith(key) else reason

@@ -11,6 +11,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  # noqa: F401  (strategies registers fsdp2)
-from dlm_lightning.errors import check_overrides
+from dlm_lightning.errors import check_nulls, check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
 from dlm_lightning.source import SAVED_MODEL, locate
@@ -40,6 +41,7 @@ FROM_ENVIRONMENT = (
     "a value from the environment (oc.env) would be written to config.yaml; write the value itself, and leave secrets "
     "to the library that reads them from the environment, such as HF_TOKEN"
 )
+NOT_MOVED = "trainer.default_root_dir is the run folder; name it by --run DIR"
 PATIENCE = 10  # seconds that a rank waits for the one that started it to leave before it
 PLACEHOLDER = "runs/RECIPE/NUMBER"
 WITHOUT_DEVICES = [  # to look at a recipe or a run on a machine that could not train it
@@ -59,14 +61,42 @@ def quiet() -> None:
     ours.handlers = [logging.StreamHandler(sys.stdout)]
 
 
+class _CLI(LightningCLI):
+    """A parsed recipe, which is refused before anything is made of it if it says what no run can be."""
+
+    def before_instantiate_classes(self) -> None:
+        check_nulls(self.config)
+        trainer = self.config.trainer
+        if trainer.use_distributed_sampler:
+            raise ValueError("trainer.use_distributed_sampler must be false: the data module shares out its own stream")
+        if trainer.val_check_interval == 0:
+            raise ValueError(
+                "trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out"
+            )
+        if not isinstance(trainer.val_check_interval, int | float | None):
+            raise ValueError(
+                "trainer.val_check_interval must be a number, of micro-batches: by time no run repeats another"
+            )
+        if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
+            raise ValueError("trainer.check_val_every_n_epoch must be at least 1 or null: validation is by step")
+        if trainer.max_time is not None:
+            raise ValueError("trainer.max_time must be null: a run's length is its max_steps; SIGUSR1 stops it earlier")
+
+
 def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> LightningCLI:
     """Parse a composed recipe and instantiate its trainer, model and data.
 
     `key=value` is `--key=value`; everything that starts with a dash goes to LightningCLI as it is.
     """
     OmegaConf.register_resolver("oc.env", _no_environment, replace=True)
+    yaml.SafeDumper.add_multi_representer(Enum, lambda dumper, member: dumper.represent_data(member.value))
+    for section in ("model", "data", "trainer"):
+        if not isinstance(config.get(section, {}), dict):
+            raise ValueError(f"{section}: expected keys and values, got {config[section]}")
     options = [f"--{word}" if not word.startswith("-") and "=" in word else word for word in overrides]
-    cli = LightningCLI(
+    if any(option.startswith("--trainer.default_root_dir=") for option in options):
+        raise ValueError(NOT_MOVED)
+    cli = _CLI(
         Recipe,
         LightningDataModule,
         subclass_mode_model=True,
@@ -79,13 +109,7 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
     )
     check_overrides(options, cli.config)
     if cli.config.trainer.default_root_dir != str(run):
-        raise ValueError("trainer.default_root_dir is the run folder; name it by --run DIR")
-    if cli.config.trainer.use_distributed_sampler:
-        raise ValueError("trainer.use_distributed_sampler must be false: the data module shares out its own stream")
-    if cli.trainer.val_check_interval == 0:
-        raise ValueError("trainer.val_check_interval must not be 0; trainer.limit_val_batches=0 leaves validation out")
-    if cli.config.trainer.max_time:
-        raise ValueError("trainer.max_time must be null: a run's length is its max_steps; SIGUSR1 stops it earlier")
+        raise ValueError(NOT_MOVED)
     _check_written(cli, Path(run))
     environment = cli.trainer._accelerator_connector.cluster_environment
     if isinstance(environment, LightningEnvironment) and cli.trainer.num_nodes > 1 and "NODE_RANK" not in os.environ:

@@ -92,7 +92,13 @@ VALUES = {
     "model.betas=[1,2,3]": "model.betas: expected tuple with 2 elements, got [1, 2, 3]",
     "model.shift=sideways": "model.shift: expected Literal['none', 'next_token'], got sideways",
     "model.noise=3": "model.noise: expected keys and values, got '3'",
-    "model.noise=null": "a key that takes keys of its own, such as model.noise, is null",
+    "model.noise=null": "model.noise must not be null; leave it out for its default",
+    "data.vocab_size= ": "data.vocab_size: expected int, got nothing",
+    "data.suffixes=[]": "data.suffixes must be suffixes with their dot, such as .txt, not []",
+    "data.suffixes=[txt]": "data.suffixes must be suffixes with their dot, such as .txt, not ['txt']",
+    "model.block_schedule.steps=8": "model.block_schedule: it lacks sizes",
+    "model.lora.rank+=8": "model.lora.rank+: Lora takes no such key; did you mean rank?",
+    "model.first_token=?": "model: a key is a NoneType, and keys are names",
     "model.noise.masking=half": "model.noise.masking: expected Literal['bernoulli', 'exact', 'exact_round', 'tilted', "
     "'complementary'], got half",
     "model.noise.half_life=long": "model.noise.half_life: expected float, got long",
@@ -104,6 +110,15 @@ VALUES = {
     "trainer.default_root_dir=elsewhere": "trainer.default_root_dir is the run folder; name it by --run DIR",
     "trainer.strategy=ddp_spawn": "trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2",
     "trainer.use_distributed_sampler=true": "trainer.use_distributed_sampler must be false",
+    "trainer.default_root_dir=null": "trainer.default_root_dir is the run folder; name it by --run DIR",
+    "trainer.val_check_interval={days: 1}": "trainer.val_check_interval must be a number, of micro-batches",
+    "trainer.check_val_every_n_epoch=0": "trainer.check_val_every_n_epoch must be at least 1 or null",
+    "trainer.max_time={}": "trainer.max_time must be null",
+    "trainer.barebones=true": "`Trainer(barebones=True, logger=[MetricsCSV, TensorBoardLogger])` was passed",
+    "trainer.logger={class_path: lightning.pytorch.loggers.MLFlowLogger}": "MLFlowLogger: Requirement 'mlflow",
+    "trainer.callbacks={class_path: lightning.pytorch.callbacks.BackboneFinetuning}": "callback BackboneFinetuning: "
+    "'BlockCausal' object has no attribute 'backbone'",
+    "trainer.callbacks={class_path: lightning.pytorch.callbacks.BaseFinetuning}": "callback BaseFinetuning: ",
     "trainer.val_check_interval=0": "trainer.val_check_interval must not be 0; trainer.limit_val_batches=0",
     "data.vocab_size=300": "data.vocab_size must be null: the source brings its own tokenizer",
     "trainer.accumulate_grad_batches=0": "trainer.accumulate_grad_batches must be at least 1",
@@ -132,6 +147,7 @@ VALUES = {
     "data.paths=[*.nothing]": "data.paths: expected a list, written [one, two]",  # an alias, to YAML
     "data.paths=corpus": "data.paths: expected a list, written [one, two]",
     "data.paths=[]": "data.paths: ",
+    "data.val_paths=[]": "data.val_paths must name what to validate on; null keeps a share of data.paths",
     "data.paths=[hollow]": "data.paths: hollow holds no file (.py .md ",
     "data.paths=[blank]": "data: the train split is empty; it needs more documents",
     "model.block_size=32": "data.row_length must be at least model.block_size, 32, not 24",
@@ -151,6 +167,48 @@ def test_a_wrong_value(words, refused, small, tmp_path):
     split = words.split(" ") if words.startswith("model.context=") else [words]
     said = refused("fit", "block_causal", *small(), *split, cwd=tmp_path)
     assert said.startswith(VALUES[words])
+
+
+NOT_KEYS = {
+    "model: {init_args: {lr: null}}": "model.lr must not be null; leave it out for its default",
+    "model: {init_args: {noise: {t_per: null}}}": "model.noise.t_per must not be null",
+    "model: {init_args: {lora: {rank: null}}}": "model.lora.rank must not be null",
+    "trainer: {max_steps: null}": "trainer.max_steps must not be null",
+    "trainer: null": "trainer: expected keys and values, got None",
+    "model: {init_args: 3}": "model: init_args takes keys and values",
+    "model: {init_args: {zzz: {1: 2}}}": "a key in the recipe is 1, and keys are names",
+}
+
+
+@pytest.mark.parametrize("content", NOT_KEYS)
+def test_what_only_yaml_can_say(content, refused, small, tmp_path):
+    (tmp_path / "mine.yaml").write_text(f"extends: {SHIPPED}\n{content}\n")
+    words = [word for word in small() if not word.startswith("trainer.max_steps")]
+    assert refused("fit", "mine.yaml", *words, cwd=tmp_path).startswith(NOT_KEYS[content])
+
+
+def test_a_callback_whose_default_is_an_enum_is_written_to_the_configuration(typed, small, tmp_path):
+    words = small(trainer__callbacks="[{class_path: lightning.pytorch.callbacks.Timer}]", trainer__max_steps=1)
+    said = typed("fit", "block_causal", *words, "--run", "a", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert (
+        yaml.safe_load((tmp_path / "a" / "config.yaml").read_text())["trainer"]["callbacks"][0]["init_args"]["interval"]
+        == "step"
+    )
+
+
+def test_a_recipe_whose_annotations_are_for_a_type_checker_alone_is_not_looked_into(typed, small, tmp_path):
+    (tmp_path / "checked.py").write_text(
+        "from __future__ import annotations\n"
+        "from typing import TYPE_CHECKING\n"
+        "from dlm_lightning.recipes.block_causal import BlockCausal\n"
+        "if TYPE_CHECKING:\n    from fractions import Fraction\n"
+        "class Checked(BlockCausal):\n"
+        "    def __init__(self, extra: Fraction | None = None, **options):\n        super().__init__(**options)\n"
+    )
+    (tmp_path / "checked.yaml").write_text(f"extends: {SHIPPED}\nmodel: {{class_path: checked.Checked}}\n")
+    said = typed("fit", "checked.yaml", *small(trainer__max_steps=1), "trainer.callbacks=[]", cwd=tmp_path)
+    assert said.code == 0, said.err
 
 
 def test_the_run_folder_is_not_moved_by_a_configuration_file(refused, small, tmp_path):

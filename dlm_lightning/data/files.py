@@ -96,8 +96,10 @@ def train_and_val(
 ) -> tuple[list[File], list[File]]:
     """The files of `data.paths` that are none of `data.val_paths`, and those; see `find`.
 
-    Raises ValueError if none is left of `data.paths`.
+    Raises ValueError if none is left of `data.paths`, and for an empty list of `val_paths`.
     """
+    if val_paths is not None and not val_paths:
+        raise ValueError("data.val_paths must name what to validate on; null keeps a share of data.paths")
     found, val = find("data.paths", paths, suffixes), find("data.val_paths", val_paths or [], suffixes)
     apart = {file.url for file in val}
     train = [file for file in found if file.url not in apart]

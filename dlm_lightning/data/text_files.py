@@ -43,6 +43,8 @@ class TextFiles(TokenData):
     ) -> None:
         super().__init__(**options)
         check_share(val_share)
+        if not suffixes or not all(suffix[:1] in ("", ".") for suffix in suffixes):
+            raise ValueError(f"data.suffixes must be suffixes with their dot, such as .txt, not {list(suffixes)}")
         self.paths, self.val_paths, self.suffixes = paths, val_paths, suffixes
         self.text_key, self.val_share = text_key, val_share
 
