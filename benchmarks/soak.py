@@ -30,7 +30,7 @@ CONFIG = (
 )
 SMALL = ["data.row_length=64", "data.batch_size=4", "data.val_rows=8", "trainer.enable_progress_bar=false"]
 CALLBACKS = [
-    *("dlm_lightning.checkpoint.Checkpoints", "dlm_lightning.callbacks.weight_drift.WeightDrift"),
+    *("dlm_lightning.callbacks.checkpoints.Checkpoints", "dlm_lightning.callbacks.weight_drift.WeightDrift"),
     *("dlm_lightning.callbacks.samples.Samples", "dlm_lightning.callbacks.throughput.Throughput"),
 ]
 
