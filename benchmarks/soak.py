@@ -17,7 +17,6 @@ from pathlib import Path
 
 import lightning as L
 import numpy as np
-import psutil
 
 from dlm_lightning import training
 
@@ -45,8 +44,9 @@ class Resources(L.Callback):
 
     def on_train_batch_end(self, trainer: L.Trainer, *_: object) -> None:
         if trainer.global_step % self.every_n_steps == 0:
-            process = psutil.Process()
-            self.rows.append((trainer.global_step, process.memory_info().rss / 1024, process.num_fds()))
+            pages = int(Path("/proc/self/statm").read_text().split()[1])
+            resident = pages * os.sysconf("SC_PAGE_SIZE") / 1024
+            self.rows.append((trainer.global_step, resident, len(os.listdir("/proc/self/fd"))))
 
 
 def soak(steps: int, every: int) -> None:
