@@ -34,6 +34,8 @@ def sentence(error: BaseException) -> str:
         return f"callback {callback}: {text}"
     if match := _INTERPOLATION.match(text):
         return f"{match[2].replace('.init_args', '')}: {match[1]}"
+    if text == "unrecognized arguments:":
+        return "an argument is empty; write key=value"
     if match := re.match(r"unrecognized arguments: (\S+)", text):
         return _unknown(match[1].lstrip("-").split("=")[0])
     if match := re.match(r"Option '([^']+)' is not accepted|Group '(trainer)' does not accept option '([^']+)'", text):

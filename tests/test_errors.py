@@ -223,6 +223,10 @@ def test_an_option_that_is_written_as_a_key(option, refused, small, tmp_path):
     assert said == f"{option} is an option of dlm fit: --{option} PATH"
 
 
+def test_an_empty_argument(refused, small, tmp_path):
+    assert refused("fit", "block_causal", *small(), "", cwd=tmp_path) == "an argument is empty; write key=value"
+
+
 def test_a_run_folder_needs_a_name(refused, small, tmp_path):
     assert refused("fit", "block_causal", *small(), "--run", "", cwd=tmp_path) == "--run needs the name of a folder"
 

@@ -51,7 +51,7 @@ PATIENCE = 120  # seconds of computing
 MEMORY = 8 * 2**30
 HUGE = ("100000000000000000000", "2147483648", "1.0e+300")
 WORK = {"max_steps", "batch_size", "num_workers", "samples", "new_tokens", "accumulate_grad_batches", "devices"}
-TOO_LONG = {"BatchSizeFinder"}  # doubles the batch until memory runs out, which is what it is for
+TOO_LONG = {"BatchSizeFinder", "LearningRateFinder"}  # make trials of their own, the first until memory runs out
 
 # Values
 
