@@ -23,6 +23,7 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Iterator
+from itertools import zip_longest
 from pathlib import Path
 
 import torch
@@ -147,17 +148,16 @@ def kill(process: subprocess.Popen, run: Path, ranks: int, longest: float, draw:
     return ("while writing" if writing else "while training") + (", one rank" if alone else "")
 
 
-def same(run: Path, whole: Path) -> bool:
-    """Whether two finished runs have the same weights, optimizer and metrics to the last bit, columns of time aside."""
-    ours, theirs = (
-        checkpoint.whole(path / checkpoint.FOLDER / f"step={STEPS}" / checkpoint.STATE) for path in (run, whole)
-    )
-    return metrics(run) == metrics(whole) and all(
-        len(pair[0]) == len(pair[1]) > 0 and all(torch.equal(a, b) for a, b in zip(*pair, strict=True))
-        for pair in (
-            [list(tensors(state[key])) for state in (ours, theirs)] for key in ("state_dict", "optimizer_states")
-        )
-    )
+def difference(run: Path, whole: Path) -> str:
+    """What differs between two finished runs, to the last bit and columns of time aside; nothing if they are equal."""
+    states = [checkpoint.whole(path / checkpoint.FOLDER / f"step={STEPS}" / checkpoint.STATE) for path in (run, whole)]
+    for key in ("state_dict", "optimizer_states"):
+        ours, theirs = (list(tensors(state[key])) for state in states)
+        if not ours or len(ours) != len(theirs) or not all(map(torch.equal, ours, theirs)):
+            return key
+    ours, theirs = metrics(run), metrics(whole)
+    apart = [pair for pair in zip_longest(ours, theirs, fillvalue={}) if pair[0] != pair[1]]
+    return f"metrics.csv: {apart[0][0]} instead of {apart[0][1]}" if apart else ""
 
 
 def tensors(value: object) -> Iterator[torch.Tensor]:
@@ -209,8 +209,8 @@ def disturb(folder: Path, setting: list[str], recipe: str, way: str, kills: int,
                 break
         else:
             finish(start(folder, *command), folder)
-        if not same(run, whole):
-            raise Lost(f"{recipe} on {way}: not the undisturbed run")
+        if what := difference(run, whole):
+            raise Lost(f"{recipe} on {way} is not the undisturbed run after {dict(counted)}: {what}")
     for path in (whole, run):
         shutil.rmtree(path)
     return counted

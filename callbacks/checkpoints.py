@@ -52,4 +52,6 @@ class Checkpoints(L.pytorch.callbacks.Checkpoint):
             self._save(trainer)
 
     def _save(self, trainer: L.Trainer) -> None:
+        for logger in trainer.loggers:  # what a resume keeps of their rows is what lies before the checkpoint
+            logger.save()
         checkpoint.write(trainer, Path(trainer.default_root_dir), self.keep)

@@ -16,6 +16,23 @@ class _Writer(ExperimentWriter):
     def _check_log_dir_exists(self) -> None:
         """Lightning's own writer deletes the file of an earlier segment here."""
 
+    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
+        """Lightning's own writer truncates the file first; a kill after that would lose all rows."""
+        path = Path(self.metrics_file_path)
+        with path.open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        _replace(path, fieldnames, rows)
+
+
+def _replace(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
+    """Write a table in place of another, whole or not at all."""
+    beside = path.with_suffix(".partial")
+    with beside.open("w", newline="") as file:
+        writer = csv.DictWriter(file, names)
+        writer.writeheader()
+        writer.writerows(rows)
+    os.replace(beside, path)
+
 
 class MetricsCSV(CSVLogger):
     """`metrics.csv` in the run folder: a row per log, continued by a resume where the checkpoint stood.
@@ -49,12 +66,7 @@ class MetricsCSV(CSVLogger):
                 names = list(reader.fieldnames or [])
                 rows = [row for row in reader if (row["step"] or "").isdigit() and int(row["step"]) < self._steps]
             self.experiment.metrics_keys = names if rows else []
-            beside = path.with_suffix(".partial")
-            with beside.open("w", newline="") as file:
-                writer = csv.DictWriter(file, names)
-                writer.writeheader()
-                writer.writerows(rows)
-            os.replace(beside, path)
+            _replace(path, names, rows)
             if not rows:
                 path.unlink()
         self._steps = None

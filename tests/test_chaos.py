@@ -48,7 +48,7 @@ def test_one_bit_is_noticed(chaos, typed, tmp_path):
     whole, state = tmp_path / "whole", Path("checkpoints") / f"step={chaos.STEPS}" / "state.ckpt"
     for number, place in enumerate(["state_dict", "optimizer_states", "metrics"]):
         copy = Path(shutil.copytree(whole, tmp_path / f"copy{number}"))
-        assert chaos.same(copy, whole)
+        assert not chaos.difference(copy, whole)
         if place == "metrics":
             text = (copy / "metrics.csv").read_text()
             (copy / "metrics.csv").write_text(text.replace("0.1", "0.2", 1))
@@ -57,4 +57,4 @@ def test_one_bit_is_noticed(chaos, typed, tmp_path):
             first = next(tensor for tensor in chaos.tensors(content[place]) if tensor.ndim > 1)
             first.view(torch.int32)[0, 0] ^= 1
             torch.save(content, copy / state)
-        assert not chaos.same(copy, whole), place
+        assert chaos.difference(copy, whole).startswith(place)

@@ -69,3 +69,20 @@ def test_without_a_resume_an_earlier_file_is_replaced(tmp_path):
     log(tmp_path, (0, {"loss": 1.0}))
     log(tmp_path, (7, {"loss": 2.0}))
     assert [row["step"] for row in read(tmp_path)] == ["7"]
+
+
+def test_a_kill_while_the_header_grows_loses_no_row(tmp_path, monkeypatch):
+    """New columns come with the first validation and the first drift."""
+    log(tmp_path, (0, {"loss": 1.0}), (1, {"loss": 2.0}))
+    before = read(tmp_path)
+    logger = MetricsCSV(str(tmp_path))
+    logger.keep(2)
+    logger.log_metrics({"loss": 3.0, "nelbo": 4.0}, 2)
+
+    def dies(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched, pytest.raises(KeyboardInterrupt):
+        patched.setattr(csv.DictWriter, "writerows", dies)
+        logger.save()
+    assert read(tmp_path) == before
