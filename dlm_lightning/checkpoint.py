@@ -311,6 +311,7 @@ def rewind(content: dict[str, Any], accumulate: int) -> None:
     batches = step * accumulate
     loop = content["loops"]["fit_loop"]
     loop["epoch_loop.state_dict"]["_batches_that_stepped"] = step - 1  # Lightning adds one on a restart
+    loop["epoch_loop.batch_progress"]["is_last_batch"] = False  # which the next batch may be, fetched at the save
     for counter in ("total", "current"):
         seen = dict.fromkeys(("ready", "started", "processed"), batches)
         loop["epoch_loop.batch_progress"][counter] |= {**seen, "completed": batches - 1}

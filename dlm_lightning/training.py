@@ -228,7 +228,7 @@ def restore(folder: str, *overrides: str) -> tuple[Path, Recipe, int]:
     recipe: Recipe = cli.model
     path = checkpoint.newest(run)
     if path is None:
-        raise FileNotFoundError(f"{folder} has no complete checkpoint")
+        raise FileNotFoundError(f"{folder} has no complete checkpoint to take weights from")
     if recipe.source is None:
         recipe.tokenizer = _tokenizer(run, cli.datamodule)
     recipe.trainer = cli.trainer  # whose precision the network is built in

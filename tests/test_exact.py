@@ -44,17 +44,17 @@ def leaves(value: object) -> list[object]:
 
 @pytest.fixture
 def whole(typed: Callable, small: Callable, source_folder: Callable, tmp_path: Path) -> Callable[[str], Path]:
-    """`whole(recipe)`: a run of two micro-batches a step that ends in its second epoch, with each step's checkpoint."""
+    """`whole(recipe, accumulate)`: a run into its second epoch, validated every second step, with each checkpoint."""
 
-    def run(recipe: str) -> Path:
+    def run(recipe: str, accumulate: int = 2) -> Path:
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
         words = small(
             model__source=source_folder("qwen2" if "qwen2" in recipe else "qwen3", tied=True),
             data__row_length=64,
-            data__batch_size=8,
+            data__batch_size=16 // accumulate,
             trainer__max_steps=STEPS,
-            trainer__accumulate_grad_batches=2,
-            trainer__val_check_interval=4,
+            trainer__accumulate_grad_batches=accumulate,
+            trainer__val_check_interval=2 * accumulate,
             trainer__callbacks=CALLBACKS,
             **{f"trainer__{key}": value for key, value in here.items()},
         )
@@ -89,7 +89,8 @@ def test_every_shipped_recipe_resumes_to_the_bit(recipe, whole, typed):
     assert_resumes(run, 3, typed)
 
 
-def test_it_resumes_from_every_step(whole, typed):
-    run = whole("complementary_mask")
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_it_resumes_from_every_step(accumulate, whole, typed):
+    run = whole("complementary_mask", accumulate)
     for step in range(1, STEPS):
         assert_resumes(run, step, typed)
