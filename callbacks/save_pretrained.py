@@ -42,5 +42,7 @@ def write(recipe: Recipe, weights: dict[str, Any], folder: Path, writes: bool = 
     shutil.rmtree(beside, ignore_errors=True)
     network.save_pretrained(beside, state_dict=kept)
     recipe.tokenizer.save_pretrained(beside)
+    for path in beside.iterdir():  # safetensors makes files that nobody else can read
+        path.chmod((beside / "config.json").stat().st_mode)
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(beside, folder)

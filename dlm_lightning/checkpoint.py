@@ -139,7 +139,10 @@ def _reason(error: BaseException | None) -> str:
 def _clear(folder: Path) -> None:
     """Remove what is unfinished or given up."""
     for path in folder.glob(".step=*"):
-        shutil.rmtree(path, ignore_errors=True)
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink()
 
 
 # Finding

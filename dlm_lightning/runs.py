@@ -5,8 +5,15 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
 
 CONFIG, ORIGIN, METRICS = "config.yaml", "origin.json", "metrics.csv"
 RUN_VARIABLE = "DLM_RUN"  # hands the folder to the processes that Lightning starts for the other local ranks
@@ -66,6 +73,23 @@ def check_inside(run: Path, path: str | Path, key: str) -> None:
     """Raise ValueError, naming the YAML's key, for a path that lies outside of the run folder."""
     if not Path(path).expanduser().resolve().is_relative_to(run.resolve()):
         raise ValueError(f"{key}: {path} lies outside of the run folder {run}; all that a run writes lies in it")
+
+
+@contextmanager
+def claimed(run: Path) -> Iterator[None]:
+    """Keep other processes from training in a run folder meanwhile; ValueError if one does. Rank 0 speaks for its job.
+
+    The system lets go of the claim when the process ends, however it ends.
+    """
+    if fcntl is None or not is_first_process():
+        yield
+        return
+    with (run / ORIGIN).open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ValueError(f"another process is training in {run}; wait for it, or end it") from error
+        yield
 
 
 def discard(run: Path) -> None:

@@ -270,7 +270,7 @@ def _moved(value: Any, then: str, now: str) -> Any:
 def _train(cli: LightningCLI, start: Path | None) -> None:
     trainer = cli.trainer
     state = str(start / checkpoint.STATE) if start else None
-    with interruption.listen():
+    with runs.claimed(Path(trainer.default_root_dir)), interruption.listen():
         try:
             if start is None:
                 trainer.validate(cli.model, cli.datamodule, verbose=False)

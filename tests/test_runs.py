@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -107,3 +110,20 @@ def test_a_file_and_a_folder_of_other_things_are_no_runs_to_resume(tmp_path):
         runs.create("mine", "file")
     with pytest.raises(FileExistsError, match="--run folder already holds something else; name a new folder"):
         runs.create("mine", "folder")
+
+
+def test_a_run_is_trained_by_one_process_at_a_time(finished, typed, tmp_path):
+    """Claimed by a process of its own, which is then killed."""
+    program = (
+        "import sys, time\nfrom pathlib import Path\nfrom dlm_lightning import runs\n"
+        "with runs.claimed(Path(sys.argv[1])):\n    print('claimed', flush=True)\n    time.sleep(600)\n"
+    )
+    shutil.rmtree(finished / "checkpoints")
+    before = (finished / "metrics.csv").read_bytes()
+    with subprocess.Popen([sys.executable, "-c", program, str(finished)], stdout=subprocess.PIPE) as other:
+        assert other.stdout.readline() == b"claimed\n"
+        said = typed("resume", "done", cwd=tmp_path)
+        assert (said.code, said.err) == (1, f"dlm: another process is training in {finished}; wait for it, or end it\n")
+        assert (finished / "metrics.csv").read_bytes() == before
+        other.kill()
+    assert typed("resume", "done", cwd=tmp_path).code == 0
