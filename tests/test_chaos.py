@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import random
+import shutil
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 
 @pytest.fixture(scope="module")
@@ -36,10 +38,6 @@ def test_a_run_that_is_killed_again_and_again_ends_as_if_undisturbed(recipe, way
 
 def test_one_bit_is_noticed(chaos, typed, tmp_path):
     """The comparison can fail: on a weight, on a moment of the optimizer, on a figure of metrics.csv."""
-    import shutil
-
-    import torch
-
     setting = [word for word in chaos.prepare(tmp_path) if "callbacks" not in word and "max_steps" not in word]
     keep = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"
     words = [*setting, f"trainer.callbacks={keep}", f"trainer.max_steps={chaos.STEPS}", "data.batch_size=1"]

@@ -23,7 +23,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (2, {"module", "data", "strategies", "loggers"}),
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
-    (4, {"errors"}),
+    (4, {"errors", "step_zero"}),
     (4, {"training"}),
     (4, {"allocator"}),
     (4, {"rehearsal"}),

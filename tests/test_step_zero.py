@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from dlm_lightning.training import step_zero
+from dlm_lightning.step_zero import step_zero
 
 ROWS = 1000
 GUESS = math.log(ROWS)  # 6.91
