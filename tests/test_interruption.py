@@ -26,7 +26,10 @@ libc.pthread_mutex_lock(lock)  # as in a collective call: no Python runs here an
 
 @pytest.fixture
 def process(tmp_path: Path) -> Iterator[Callable[..., subprocess.Popen]]:
-    """`process(body)`: a program that runs `body` while it listens, from the first line that it prints."""
+    """`process(body)`: a program that runs `body` while it listens, from the first line that it prints.
+
+    What follows that line is read by `stdout.read()`: `communicate` would miss what came together with it.
+    """
     started = []
 
     def start(body: str, before: str = "") -> subprocess.Popen:
@@ -85,8 +88,8 @@ def test_signals_of_one_moment_count_as_one(process):
     )
     running.send_signal(signal.SIGINT)
     running.send_signal(signal.SIGTERM)
-    said, _ = running.communicate(timeout=60)
-    assert said in ("code 130\n", "code 143\n")
+    running.wait(timeout=60)
+    assert running.stdout.read() in ("code 130\n", "code 143\n")
 
 
 def test_a_signal_that_came_early_is_not_lost(process):
@@ -100,8 +103,8 @@ def test_what_is_ignored_stays_ignored(process):
         "print('ready', flush=True)\nos.kill(os.getpid(), signal.SIGINT)\nprint(interruption.asked())",
         before="signal.signal(signal.SIGINT, signal.SIG_IGN)",
     )
-    assert running.communicate(timeout=60)[0] == "0\n"
-    assert running.returncode == 0
+    assert running.wait(timeout=60) == 0
+    assert running.stdout.read() == "0\n"
 
 
 def test_processes_that_load_batches_leave_signals_to_the_main_one(process):
@@ -111,7 +114,8 @@ def test_processes_that_load_batches_leave_signals_to_the_main_one(process):
         "interruption.defer()\nprint('ready', flush=True)\nprint(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]))\n"
         "print(interruption.asked())"
     )
-    assert running.communicate(timeout=60)[0] == "7\n0\n"
+    assert running.wait(timeout=60) == 0
+    assert running.stdout.read() == "7\n0\n"
 
 
 def test_listening_leaves_everything_as_it_was():
