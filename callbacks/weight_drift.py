@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import math
 import os
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -51,8 +54,9 @@ class WeightDrift(L.Callback):
     stable_rank: ‖ΔW‖_F² / ‖ΔW‖_2², the mean over matrices.
     Logs `drift/seconds_share` at the end: its own share of the training time.
 
-    Keeps `drift/drift.parquet` in the run: a row per step, parameter and metric, and rows without a name for whole
-    groups; and `drift/step_000100.png`, a map of rel_fro. It holds no state: a continued run goes on with its table.
+    Keeps `drift/drift.parquet` in the run, a folder of a file per measured step that Parquet readers take as one table:
+    a row per step, parameter and metric, and rows without a name for whole groups; and `drift/step_000100.png`, a map
+    of rel_fro. It holds no state: a continued run measures the steps after its checkpoint again.
 
     Args:
         every_n_steps: optimizer steps between measurements.
@@ -62,7 +66,6 @@ class WeightDrift(L.Callback):
         if every_n_steps < 1:
             raise ValueError(f"WeightDrift.every_n_steps must be at least 1, not {every_n_steps}")
         self.every_n_steps = every_n_steps
-        self._table = SCHEMA.empty_table()
         self._step = 0  # the last one that was looked at
         self._label = 0  # what the loggers call it
         self._began = self._seconds = 0.0
@@ -70,8 +73,6 @@ class WeightDrift(L.Callback):
 
     def on_train_start(self, trainer: L.Trainer, recipe: Recipe) -> None:
         self._step, self._began, self._seconds, self._measurements = trainer.global_step, time.perf_counter(), 0.0, 0
-        self._table = SCHEMA.empty_table()
-        path = Path(trainer.default_root_dir) / FOLDER / TABLE
         if recipe.source is None:
             log.info("WeightDrift measures nothing: a model trained from scratch has no source to drift from")
         elif trainer.is_global_zero:
@@ -81,9 +82,10 @@ class WeightDrift(L.Callback):
                     f"WeightDrift leaves out {len(names)} parameters whose names the source's files do not have, "
                     f"{names[0]} the first"
                 )
-            if path.is_file():
-                table = pq.read_table(path, schema=SCHEMA)
-                self._table = table.filter(pc.field("step") <= trainer.global_step)
+            for path in (Path(trainer.default_root_dir) / FOLDER).rglob("step_*"):
+                measured = path.stem.removeprefix("step_")
+                if measured.isdecimal() and int(measured) > trainer.global_step:
+                    path.unlink()
 
     def on_train_batch_end(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
         """Not at validation, where FSDP2 leaves the root's parameters (embedding, head, last norm) gathered."""
@@ -112,17 +114,18 @@ class WeightDrift(L.Callback):
 
     def _keep(self, trainer: L.Trainer, drifts: list[Drift]) -> None:
         folder = Path(trainer.default_root_dir) / FOLDER
-        folder.mkdir(parents=True, exist_ok=True)
+        (folder / TABLE).mkdir(parents=True, exist_ok=True)
         groups = by_group(drifts)
         metrics = {f"drift/{group}/{metric}": value for group in groups for metric, value in groups[group].items()}
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=self._label)
         new = [{"step": self._step, **row._asdict()} for row in rows(drifts)]
-        self._table = pa.concat_tables([self._table, pa.Table.from_pylist(new, SCHEMA)]).combine_chunks()
-        beside = folder / f".{TABLE}.partial"
-        pq.write_table(self._table, beside)
-        os.replace(beside, folder / TABLE)
-        picture(drifts, f"Drift from the source, step {self._step}", folder / f"step_{self._step:06d}.png")
+        name = f"step_{self._step:06d}"
+        beside = folder / TABLE / f".{name}.partial"
+        pq.write_table(pa.Table.from_pylist(new, SCHEMA), beside)
+        os.replace(beside, folder / TABLE / f"{name}.parquet")
+        with frees_cycles():
+            picture(drifts, f"Drift from the source, step {self._step}", folder / f"{name}.png")
 
 
 def last(path: str | Path) -> tuple[int, dict[str, dict[str, float]]]:
@@ -133,6 +136,22 @@ def last(path: str | Path) -> tuple[int, dict[str, dict[str, float]]]:
     for row in table.filter(pc.field("step") == step).to_pylist():
         groups.setdefault(row["group"], {})[row["metric"]] = row["value"]
     return step, groups
+
+
+@contextmanager
+def frees_cycles() -> Iterator[None]:
+    """Frees what was made inside and refers to itself, as matplotlib's figures do, without a look at older objects.
+
+    Left to Python they would pile up until its rare collection of all objects, by tens of MiB.
+    """
+    enabled = gc.isenabled()
+    gc.disable()  # nothing that is made inside becomes old
+    try:
+        yield
+    finally:
+        gc.collect(0)
+        if enabled:
+            gc.enable()
 
 
 def picture(drifts: list[Drift], title: str, path: Path) -> None:

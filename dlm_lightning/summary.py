@@ -36,7 +36,7 @@ def summarize(folder: str) -> None:
     console = Console(highlight=False)
     console.print(likelihood(run, steps))
     table = run / FOLDER / TABLE
-    if table.is_file():
+    if any(table.glob("*.parquet")):
         console.print(drift(table))
     console.print(filling(recipe))
     console.print(places(run))

@@ -1,4 +1,5 @@
 import csv
+import gc
 import shutil
 
 import lightning as L
@@ -7,9 +8,10 @@ import pytest
 import torch
 from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import CSVLogger
+from matplotlib.figure import Figure
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from dlm_lightning.callbacks.weight_drift import SCHEMA, WeightDrift, last
+from dlm_lightning.callbacks.weight_drift import SCHEMA, WeightDrift, frees_cycles, last
 from dlm_lightning.data.text_files import TextFiles
 from dlm_lightning.data.tokenizer import trained_tokenizer
 from dlm_lightning.drift import by_group, measure
@@ -113,10 +115,32 @@ def test_a_continued_run_goes_on_with_its_table(folder, tmp_path):
     assert (tmp_path / "drift" / "step_000006.png").is_file()
 
 
+def test_what_was_measured_after_the_checkpoint_is_forgotten(folder, tmp_path):
+    fit(folder, tmp_path, steps=6, checkpoints=3)
+    fit(folder, tmp_path, steps=6, every=5, resume=3)
+    assert sorted(set(table(tmp_path)["step"].to_pylist())) == [2, 5, 6]
+    pictures = sorted(path.name for path in (tmp_path / "drift").glob("*.png"))
+    assert pictures == ["step_000002.png", "step_000005.png", "step_000006.png"]
+
+
 def test_a_new_run_starts_a_new_table(folder, tmp_path):
     fit(folder, tmp_path, steps=4)
     fit(folder, tmp_path, steps=2)
     assert set(table(tmp_path)["step"].to_pylist()) == {2}
+
+
+def test_no_figure_outlives_its_picture(folder, tmp_path):
+    gc.collect()
+    gc.disable()
+    try:
+        fit(folder, tmp_path)
+        assert not gc.isenabled()
+        assert not [thing for thing in gc.get_objects() if isinstance(thing, Figure)]
+    finally:
+        gc.enable()
+    with frees_cycles():
+        assert not gc.isenabled()
+    assert gc.isenabled()
 
 
 def test_without_a_source_nothing_is_measured(folder, tmp_path):
