@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 KEEP = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"
 ALL = KEEP[:-1] + ", {class_path: dlm_lightning.callbacks.save_pretrained.SavePretrained}]"
@@ -71,3 +75,36 @@ def test_what_is_there_is_not_overwritten(finished, refused, tmp_path):
     (tmp_path / "mine" / "notes").touch()
     assert refused("consolidate", "done", "--out", "mine", cwd=tmp_path).startswith("mine is there already")
     assert "is not a run folder" in refused("consolidate", "mine", cwd=tmp_path)
+
+
+def most_memory(run: Path) -> float:
+    """What `dlm consolidate` holds at most of memory of its own, in MiB, looked at every few milliseconds."""
+    command = [sys.executable, "-m", "dlm_lightning.cli", "consolidate", run, "--out", run / "out"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, env=environment) as running:
+        most = 0
+        while running.poll() is None:
+            _, found, rest = Path(f"/proc/{running.pid}/status").read_text().partition("RssAnon:")
+            most = max(most, int(rest.split()[0]) if found else 0)
+            time.sleep(0.005)
+    assert running.returncode == 0
+    return most / 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("more", [[], ["trainer.devices=2", "trainer.strategy=fsdp2", "data.batch_size=2"]])
+def test_it_holds_one_copy(more, source_folder, dlm, small, tmp_path):
+    """A model of 200 MiB against one of 100 KiB, whose process holds all that is not weights."""
+    config = AutoConfig.from_pretrained(source_folder("qwen3", tied=True))
+    config.update({"hidden_size": 1280, "intermediate_size": 6144})
+    large = AutoModelForCausalLM.from_config(config)
+    large.save_pretrained(tmp_path / "large")
+    AutoTokenizer.from_pretrained(source_folder("qwen3", tied=True)).save_pretrained(tmp_path / "large")
+    size = sum(parameter.nbytes for parameter in large.parameters()) / 2**20
+    assert size > 150
+    most = []
+    for run, source in (("large", {"model__source": tmp_path / "large"}), ("small", {})):
+        words = small(**source, trainer__callbacks=KEEP, trainer__max_steps=1, trainer__val_check_interval=1)
+        dlm("fit", "block_causal", *words, *more, "--run", f"run-{run}", cwd=tmp_path)
+        most.append(most_memory(tmp_path / f"run-{run}"))
+    assert 0.9 * size < most[0] - most[1] < 1.5 * size
