@@ -9,7 +9,11 @@ import lightning as L
 from lightning.pytorch.loggers import TensorBoardLogger
 from lightning.pytorch.utilities import rank_zero_only
 
-from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.reuse import exact
+from dlm_lightning.decode.selector import Threshold
+from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.module import Recipe
 
 FOLDER = "samples"
@@ -33,12 +37,12 @@ class Samples(L.Callback):
         self.prompts, self.new_tokens, self.threshold = prompts, new_tokens, threshold
 
     def on_validation_end(self, trainer: L.Trainer, recipe: Recipe) -> None:
+        denoiser, tokenizer = recipe.denoiser, recipe.tokenizer
+        plan = Plan(selector=Threshold(self.threshold), cache=exact(denoiser), stopper=Stopper(self.new_tokens))
         lines = []
         for ids in self._prompts(trainer, recipe):
-            decoded = decode(
-                recipe.denoiser, ids, recipe.pattern, self.new_tokens, self.threshold, recipe.tokenizer.eos_token_id
-            )
-            prompt, text = recipe.tokenizer.decode(ids), recipe.tokenizer.decode(decoded.new_ids)
+            decoded = decode(denoiser, [ids], plan)
+            prompt, text = tokenizer.decode(ids), tokenizer.decode(decoded.rows[0].new_ids)
             lines.append(f"[{prompt}]{text}\n({decoded.tokens_per_forward:.2f} tokens per forward)")
         self._write(trainer, "\n".join(lines))
 

@@ -159,4 +159,4 @@ class Conversion(L.LightningModule):
     def wrap(self, network: PreTrainedModel) -> Denoiser:
         """The Denoiser around a network, with the recipe's mask token, shift and predicate."""
         ids = self.tokenizer.get_vocab().values()
-        return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate)
+        return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate, self.pattern)

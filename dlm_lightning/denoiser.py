@@ -1,7 +1,7 @@
 """The Denoiser: a decoder-only transformers model that is shown views and predicts the tokens asked for.
 
-Shapes: B rows, S tokens of a row of the view, K tokens of a row that the view looks at (S, and before them the cached
-context), N tokens asked for, D hidden size, V vocabulary.
+Shapes: B rows, S tokens of a row of the view, K tokens of a row that the view looks at (S, or with a cache its slots),
+N tokens asked for, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
@@ -12,47 +12,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from dlm_lightning import attention
-from dlm_lightning.view import View, predictors, sees
+from dlm_lightning.cache import Cache
+from dlm_lightning.view import AUTOREGRESSIVE, Pattern, View, predictors, sees
 
 CHUNK = 2048  # tokens whose logits exist at the same time
-
-
-class Cache:
-    """The context that forwards with this cache have seen: keys and values of each layer, coordinates, hidden states.
-
-    Each forward adds its tokens of copy 0, which come first in its view, and leaves nothing of its noisy copies. Logits
-    are those of a forward without a cache as long as no token that is kept sees one that is shown later.
-    """
-
-    def __init__(self) -> None:
-        self.layers = DynamicCache()
-        self.views: list[View] = []  # by the forward that added them, as are the hidden states
-        self.hidden_BSD: list[Tensor] = []
-
-    @property
-    def size(self) -> int:
-        """Tokens per row."""
-        return sum(view.ids_BS.shape[1] for view in self.views)
-
-    def beside(self, view: View) -> View:
-        """The context and then the view, [B, K]; ValueError unless the view's copy 0 is its first columns."""
-        context_BS = view.copy_BS == 0
-        if (context_BS.any(0) != context_BS.all(0)).any() or (context_BS[:, 1:] & ~context_BS[:, :-1]).any():
-            raise ValueError("with a cache, tokens of copy 0 come before all others, in the same columns of all rows")
-        return View.beside([*self.views, view])
-
-    def extend(self, view: View, hidden_BSD: Tensor) -> Tensor:
-        """Keep a forward's tokens of copy 0 and drop the others; returns the hidden states [B, K, D] of `beside`."""
-        hidden_BKD = torch.cat([*self.hidden_BSD, hidden_BSD], dim=1)
-        size = int((view.copy_BS[0] == 0).sum())
-        self.layers.crop(size - view.ids_BS.shape[1])
-        if size:
-            self.views.append(view[:, :size])
-            self.hidden_BSD.append(hidden_BSD[:, :size])
-        return hidden_BKD
 
 
 class Denoiser(nn.Module):
@@ -65,6 +31,7 @@ class Denoiser(nn.Module):
         shift: `next_token` reads a masked token from the hidden state before it, `none` from its own.
         first_token: with shift, from which copy the first token of a block is read (see `view.predictors`).
         predicate: who sees whom, called as `sees(query, key)`.
+        pattern: the pattern that the network was trained for, which decoders go by.
     """
 
     def __init__(
@@ -75,6 +42,7 @@ class Denoiser(nn.Module):
         shift: str = "none",
         first_token: str = "clean",
         predicate: Callable[[View, View], Tensor] = sees,
+        pattern: Pattern = AUTOREGRESSIVE,
     ) -> None:
         super().__init__()
         self.network = network
@@ -82,6 +50,7 @@ class Denoiser(nn.Module):
         self.shift = shift
         self.first_token = first_token
         self.predicate = predicate
+        self.pattern = pattern
         self.token_ids = sorted(set(token_ids) - {mask_id})
         banned_V = torch.ones(network.config.vocab_size, dtype=torch.bool)
         banned_V[self.token_ids] = False
@@ -93,22 +62,25 @@ class Denoiser(nn.Module):
         −log p is computed chunk by chunk and recomputed in the backward pass: no tensor of N × V is kept. Tokens
         without a predecessor (the first of a document in its row, under shift) must not be asked for.
 
-        With a cache the view holds only tokens that are new, and looks at the cached context too; afterwards its tokens
-        of copy 0 are part of that context. ValueError if they are not its first columns.
+        With a cache, of P positions, `keep_N` are flat indices of [B·P]: positions, whether shown now or not. One that
+        was shown as the mask last is read as in training, all others from the position before.
         """
-        keys = view if cache is None else cache.beside(view)
+        keys = view if cache is None else cache.show(view)
         hidden_BSD = self.network.base_model(
             input_ids=view.ids_BS,
             position_ids=view.position_BS,
-            past_key_values=None if cache is None else cache.layers,
+            past_key_values=cache,
             use_cache=cache is not None,
             attention_plan=attention.plan(view, self.predicate, keys, self.network.dtype),
         ).last_hidden_state
-        hidden_BKD = hidden_BSD if cache is None else cache.extend(view, hidden_BSD)
-        S, K = view.ids_BS.shape[1], keys.ids_BS.shape[1]
-        read_BS = predictors(keys, self.mask_id, self.shift, self.first_token)[:, K - S :]
-        row_N = keep_N // S * K
-        hidden_ND = hidden_BKD.flatten(0, 1)[row_N + read_BS.flatten()[keep_N]]
+        if cache is None:
+            read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
+            S = view.ids_BS.shape[1]
+            hidden_ND = hidden_BSD.flatten(0, 1)[keep_N // S * S + read_BS.flatten()[keep_N]]
+        else:
+            row_N, position_N = keep_N // cache.positions, keep_N % cache.positions
+            own_N = (cache.ids_BP[row_N, position_N] == self.mask_id) & (self.shift == "none")
+            hidden_ND = cache.remember(hidden_BSD)[row_N, position_N - (~own_N).long()]
         if target_N is None:
             return self._logits(hidden_ND)
         chunks = zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True)

@@ -12,7 +12,10 @@ from rich.text import Text
 
 from dlm_lightning import checkpoint, runs
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE, last
-from dlm_lightning.decode.blockwise import Decoded, decode
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.reuse import exact
+from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.drift import METRICS
 from dlm_lightning.module import Recipe
 from dlm_lightning.source import SAVED_MODEL
@@ -69,18 +72,20 @@ def drift(path: Path) -> Table:
 def filling(recipe: Recipe) -> Text:
     """A continuation of the prompt while its masked tokens are being filled in, up to eight moments of it."""
     ids = recipe.tokenizer(PROMPT, add_special_tokens=False)["input_ids"]
-    decoded = decode(recipe.denoiser, ids, recipe.pattern, NEW_TOKENS, threshold=0.9, eos_id=None)
+    canvases: list[list[int]] = []
+    plan = Plan(cache=exact(recipe.denoiser), stopper=Stopper(NEW_TOKENS, eos=False))
+    decoded = decode(recipe.denoiser, [ids], plan, watch=lambda canvas: canvases.append(canvas.visible(0)))
     text = Text(f"a continuation, {MASKED} is a masked token ({decoded.tokens_per_forward:.2f} tokens per forward)\n")
-    for forward in sorted({round(x) for x in torch.linspace(0, len(decoded.canvases) - 1, 8).tolist()}):
+    for forward in sorted({round(x) for x in torch.linspace(0, len(canvases) - 1, 8).tolist()}):
         text.append(f"\n  after forward {forward + 1}\n", style="dim")
-        text.append("".join(f"    {line}\n" for line in _canvas(recipe, decoded, forward).splitlines()))
+        text.append("".join(f"    {line}\n" for line in _canvas(recipe, canvases[forward]).splitlines()))
     return text
 
 
-def _canvas(recipe: Recipe, decoded: Decoded, forward: int) -> str:
+def _canvas(recipe: Recipe, canvas: list[int]) -> str:
     text = ""
     known: list[int] = []
-    for token in decoded.canvases[forward]:
+    for token in canvas:
         if token == recipe.mask_id:
             text, known = text + recipe.tokenizer.decode(known) + MASKED, []
         else:

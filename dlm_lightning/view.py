@@ -205,21 +205,19 @@ class Pattern:
             return View.beside([*noisy, replace(clean, document_BS=document_BL)])
         return View.beside(noisy or [plain])
 
-    def continuation(self, ids_BL: Tensor, start: int) -> View:
-        """The view of one document per row whose block at `start` is being denoised: S = L.
+    def continuation(self, ids_BS: Tensor, position_BS: Tensor, start_B1: Tensor) -> View:
+        """The view of tokens of one document per row whose block at `start_B1` is being denoised.
 
-        Tokens before `start` (a block boundary) are context, the rest is the block; with a noisy context, or none,
+        Tokens before it (a block boundary) are context, the rest is the block; with a noisy context, or none,
         everything is copy 0, as in training.
         """
-        position_BL = torch.arange(ids_BL.shape[1], device=ids_BL.device).expand_as(ids_BL)
-        block_BL = position_BL >= start
-        rank_BL = block_start(position_BL, self.block_size)
-        copy_BL = torch.zeros_like(ids_BL)
+        zero_BS = torch.zeros_like(ids_BS)
+        rank_BS, copy_BS = block_start(position_BS, self.block_size), zero_BS
         if self.context == "clean":
-            context_BL = position_BL if self.context_rank == "causal" else rank_BL
-            rank_BL, copy_BL = torch.where(block_BL, rank_BL, context_BL), block_BL.long()
-        zero_BL = torch.zeros_like(ids_BL)
-        return View(ids_BL, position_BL, rank_BL, zero_BL, copy_BL, zero_BL)
+            block_BS = position_BS >= start_B1
+            context_BS = position_BS if self.context_rank == "causal" else rank_BS
+            rank_BS, copy_BS = torch.where(block_BS, rank_BS, context_BS), block_BS.long()
+        return View(ids_BS, position_BS, rank_BS, zero_BS, copy_BS, zero_BS)
 
     @staticmethod
     def _copy(batch: Batch, ids_BL: Tensor, copy: int, block_size: int | None) -> View:

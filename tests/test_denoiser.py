@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 
 from dlm_lightning import denoiser as module
-from dlm_lightning.view import Pattern, View, attention_mask, predictors
+from dlm_lightning.view import Pattern, attention_mask, predictors
 
 PATTERN = Pattern(3, "clean")
 by_family = pytest.mark.parametrize("family", ["llama", "qwen2", "qwen3"])
@@ -142,91 +142,3 @@ def test_the_predicate_decides_who_sees_whom(make_batch, make_denoiser, plain_lo
     expected = plain_logits(denoiser, view.ids_BS[0], view.position_BS[0], seen)[1:]
     assert torch.allclose(logits_NV[:, :300], expected[:, :300], atol=1e-4)
     assert not torch.allclose(expected, plain_logits(denoiser, view.ids_BS[0], view.position_BS[0], seen.tril())[1:])
-
-
-# The cache
-
-
-def blockwise(denoiser, view, length: int, copies: int, block: int, cache):
-    """The training view's masked tokens block by block: flat indices, and logits of forwards with a cache.
-
-    Each forward shows the clean block before, as context, and the noisy copies of the block.
-    """
-    B, S = view.ids_BS.shape
-    flat_BS = torch.arange(B * S).view(B, S)
-    clean, before = length * copies, 0
-    for start in range(0, length, block):
-        end = min(start + block, length)
-        noisy = [slice(length * n + start, length * n + end) for n in range(copies)]
-        columns = [slice(clean + before, clean + start), *noisy]
-        new = View.beside([view[:, here] for here in columns])
-        keep_N = (new.ids_BS == denoiser.mask_id).flatten().nonzero().squeeze(1)
-        with torch.no_grad():
-            yield (
-                torch.cat([flat_BS[:, here] for here in columns], 1).flatten()[keep_N],
-                denoiser(new, keep_N, cache=cache),
-            )
-        before = start
-
-
-@by_family
-@by_tied
-@by_shift
-@pytest.mark.parametrize("context_rank", ["block", "causal"])
-@pytest.mark.parametrize("copies", [1, 2])
-def test_blocks_on_a_cached_context_equal_the_training_view(
-    make_batch, make_denoiser, family, tied, shift, context_rank, copies
-):
-    denoiser = make_denoiser(family, tied, shift=shift)
-    batch = make_batch([[6, 3], [9, 2], [11]], length=11, starts={(2, 0): 36})
-    mask_BL = batch.maskable_BL & (batch.u_BL < 0.6)
-    masks = [mask_BL, batch.maskable_BL & ~mask_BL][:copies]
-    view = Pattern(3, "clean", context_rank).lay_out(batch, masks, denoiser.mask_id)
-    wanted_N = (view.ids_BS == denoiser.mask_id).flatten().nonzero().squeeze(1)
-    with torch.no_grad():
-        expected_NV = denoiser(view, wanted_N)[:, :300]
-    cache = module.Cache()
-    index, logits = zip(*blockwise(denoiser, view, 11, copies, 3, cache), strict=True)
-    assert cache.size == 9  # the last block has none after it
-    order_N = torch.cat(index).argsort()
-    assert torch.equal(torch.cat(index)[order_N], wanted_N)
-    logits_NV = torch.cat(logits)[order_N, :300]
-    assert (logits_NV - expected_NV).abs().max() <= 1e-5 * expected_NV.abs().max()
-
-
-def test_what_is_remembered_does_not_depend_on_later_forwards(make_batch, make_denoiser):
-    denoiser = make_denoiser(shift="next_token")
-    batch = make_batch([[12], [12]])
-    clean = PATTERN.lay_out(batch, [], denoiser.mask_id)
-    blank = PATTERN.lay_out(batch, [batch.maskable_BL], denoiser.mask_id)[:, :12]
-    other = PATTERN.lay_out(batch, [~batch.maskable_BL], denoiser.mask_id)[:, :12]
-    keep_N = torch.arange(3)
-    cache = module.Cache()
-
-    def remembered() -> list[torch.Tensor]:
-        parts = [(layer.keys.transpose(1, 2), layer.values.transpose(1, 2)) for layer in cache.layers.layers]
-        tensors = [*sum(parts, ()), torch.cat(cache.hidden_BSD, 1), *View.beside(cache.views).coordinates]
-        assert {x.shape[1] for x in tensors} == {cache.size}
-        return [x[:, :6].clone() for x in tensors]
-
-    with torch.no_grad():
-        denoiser(View.beside([clean[:, :6], blank[:, 6:9]]), keep_N, cache=cache)
-        first = remembered()
-        logits_NV = denoiser(blank[:, 6:9], keep_N, cache=cache)
-        denoiser(other[:, 6:9], keep_N, cache=cache)
-        assert torch.equal(denoiser(blank[:, 6:9], keep_N, cache=cache), logits_NV) and cache.size == 6
-        denoiser(View.beside([clean[:, 6:9], blank[:, 9:]]), keep_N, cache=cache)
-    assert cache.size == 9 and all(map(torch.equal, remembered(), first))
-
-
-def test_with_a_cache_the_context_comes_first_in_the_same_columns(make_batch, make_denoiser):
-    denoiser = make_denoiser()
-    batch = make_batch([[6], [6]])
-    clean, noisy = (PATTERN.lay_out(batch, masks, 300)[:, :3] for masks in ([], [batch.maskable_BL]))
-    uneven = View.beside([clean[:, :2], noisy])
-    uneven.copy_BS[1, 1] = 1
-    cache = module.Cache()
-    for view in (View.beside([noisy, clean]), View.beside([clean[:, :1], noisy, clean[:, 1:]]), uneven):
-        with pytest.raises(ValueError, match="copy 0 come before all others"):
-            denoiser(view, torch.arange(2), cache=cache)
-    assert cache.size == 0 and cache.layers.get_seq_length() == 0

@@ -10,7 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.recipes.complementary_mask import ComplementaryMask
 from dlm_lightning.recipes.full_bidirectional import FullBidirectional
@@ -159,5 +161,5 @@ def test_activation_checkpointing_changes_neither_loss_nor_gradients(
 def test_decoding_after_training_with_activation_checkpointing_keeps_its_cache(make_recipe):
     plain, recipe = (make_recipe(BlockCausal, block_size=4, activation_checkpointing=flag) for flag in (False, True))
     recipe.eval()
-    expected, found = (decode(r.denoiser, [1, 2, 3], r.pattern, 9, 0.9, None) for r in (plain, recipe))
-    assert found.canvases == expected.canvases
+    expected, found = (decode(r.denoiser, [[1, 2, 3]], Plan(stopper=Stopper(9))) for r in (plain, recipe))
+    assert found.rows == expected.rows and found.cached_share > 0

@@ -14,7 +14,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (0, {"loss", "schedule"}),
     (0, {"tally"}),
     (1, {"layouts", "shards"}),
-    (1, {"source", "mask_token", "attention", "lora"}),
+    (1, {"source", "mask_token", "attention", "lora", "cache"}),
     (1, {"denoiser", "drift", "flops"}),
     (1, {"decode", "sight"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
@@ -34,6 +34,13 @@ LAYERS = {name: layer for layer, names in SHELVES for name in names}
 SHELF = {name: shelf for shelf, (_, names) in enumerate(SHELVES) for name in names}
 WITHIN = {  # what the files of a folder may import of it; of the folders that are not named here, nothing
     "attention": {"__init__": {"dense", "flash"}},
+    "decode": {
+        "reuse": {"canvas"},
+        "selector": {"canvas"},
+        "stopper": {"canvas"},
+        "plan": {"reuse", "sampling", "selector", "stopper"},
+        "decoder": {"canvas", "plan", "scorer"},
+    },
     "data": {
         "stream": {"rows"},
         "report": {"rows"},

@@ -23,6 +23,13 @@ PATTERNS = {
 by_pattern = pytest.mark.parametrize("pattern", PATTERNS.values(), ids=PATTERNS.keys())
 
 
+def continuation(pattern: Pattern, ids_BL: Tensor, start: int) -> View:
+    """Documents of which the block at `start` is being denoised."""
+    return pattern.continuation(
+        ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), torch.full_like(ids_BL[:, :1], start)
+    )
+
+
 @st.composite
 def rows(draw):
     """One row as (document lengths, their first positions, row length): packed, ragged at both ends, padded."""
@@ -140,7 +147,7 @@ def test_decoding_sees_the_rows_of_the_training_mask(make_batch, pattern, size):
     block = pattern.block_size or size
     for start in range(0, size, block):
         end = min(start + block, size)
-        decode = attention_mask(pattern.continuation(batch.ids_BL[:, :end], start))[0]
+        decode = attention_mask(continuation(pattern, batch.ids_BL[:, :end], start))[0]
         rows_of = [context + i if i < start else i for i in range(end)]
         assert torch.equal(decode, train[rows_of][:, rows_of])
         others = [i for i in range(train.shape[0]) if i not in rows_of]
@@ -149,7 +156,7 @@ def test_decoding_sees_the_rows_of_the_training_mask(make_batch, pattern, size):
 
 def test_a_prompt_that_half_fills_a_block_is_seen_by_the_rest_of_it():
     for pattern in PATTERNS.values():
-        mask = attention_mask(pattern.continuation(torch.arange(6)[None], 3))[0]
+        mask = attention_mask(continuation(pattern, torch.arange(6)[None], 3))[0]
         assert mask[5, :].all()
 
 
@@ -228,7 +235,7 @@ def test_predictors_of_two_blocks_by_hand(make_batch):
 @pytest.mark.parametrize("first_token", ["clean", "noisy"])
 def test_while_decoding_each_masked_token_of_a_block_has_a_predictor(pattern, first_token):
     ids = torch.tensor([[7, 8, 9, MASK, MASK, MASK]])
-    view = pattern.continuation(ids, 3)
+    view = continuation(pattern, ids, 3)
     assert predictors(view, MASK, "none", first_token)[0, 3:].tolist() == [3, 4, 5]
     assert predictors(view, MASK, "next_token", first_token)[0, 3:].tolist() == [2, 3, 4]
 

@@ -6,7 +6,11 @@ import pytest
 
 from dlm_lightning import checkpoint
 from dlm_lightning.callbacks.samples import Samples
-from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.reuse import Nothing
+from dlm_lightning.decode.selector import Threshold
+from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.training import reopen
 
 CALLBACKS = (
@@ -27,8 +31,8 @@ def test_a_file_per_validation_holds_the_continuation_of_each_prompt(typed, smal
     checkpoint.load_weights(recipe.eval(), checkpoint.newest(tmp_path / "run"))
     for prompt in ("the quick", "jumps over"):
         ids = recipe.tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        decoded = decode(recipe.denoiser, ids, recipe.pattern, 5, 0.5, recipe.tokenizer.eos_token_id)
-        assert f"[{prompt}]{recipe.tokenizer.decode(decoded.new_ids)}\n" in files[-1].read_text()
+        decoded = decode(recipe.denoiser, [ids], Plan(selector=Threshold(0.5), cache=Nothing(), stopper=Stopper(5)))
+        assert f"[{prompt}]{recipe.tokenizer.decode(decoded.rows[0].new_ids)}\n" in files[-1].read_text()
         assert f"({decoded.tokens_per_forward:.2f} tokens per forward)" in files[-1].read_text()
 
 
