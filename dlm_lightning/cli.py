@@ -64,6 +64,8 @@ def _dispatch(argv: list[str]) -> int:
         return _fit(argv[1:])
     if argv[:1] == ["replay"]:
         return _replay(argv[1:])
+    if argv[:1] == ["generate"]:
+        return _generate(argv[1:])
     parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
     parser.add_argument("--version", action="version", version=f"dlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -74,6 +76,7 @@ def _dispatch(argv: list[str]) -> int:
         ("summary", "a conversion's tables: NELBO, drift, a continuation, files"),
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
+    commands.add_parser("generate", help="continue prompts with a run's model", add_help=False)
     commands.add_parser("replay", help="make one step of a run again and say what it gave", add_help=False)
     resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
     resume.add_argument("run", metavar="RUN", help="a run folder")
@@ -169,6 +172,33 @@ def _replay(argv: list[str]) -> int:
     from dlm_lightning import replay
 
     replay.show(args.run, args.step, args.overrides)
+    return 0
+
+
+def _generate(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm generate",
+        usage="dlm generate RUN [--prompt TEXT | --file PATH | --jsonl PATH] [--plan PLAN] [key=value …] [options]",
+        description="Continue prompts with the model of a run's newest checkpoint; without one, stdin is the prompt.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    given = parser.add_mutually_exclusive_group()
+    given.add_argument("--prompt", metavar="TEXT", action="append", help="a prompt; may be given several times")
+    given.add_argument("--file", metavar="PATH", help="a text file that is the prompt")
+    given.add_argument("--jsonl", metavar="PATH", help='lines of {"prompt": …} or {"messages": […]}; - is stdin')
+    parser.add_argument("--out", metavar="PATH", help="a new file for the text, or for the lines of --jsonl")
+    parser.add_argument("--plan", metavar="PLAN", help="a decoder: a YAML, or a name of `dlm list`; default by pattern")
+    parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
+    parser.add_argument("--batch", metavar="N", type=int, default=8, help="prompts at a time; default 8")
+    parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1; default a GPU if there is one")
+    parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the plan, such as selector.threshold=0.8")
+    args = parser.parse_intermixed_args(argv)
+    if not args.jsonl and not args.prompt:
+        args.prompt = [Path(args.file).expanduser().read_text(encoding="utf-8") if args.file else sys.stdin.read()]
+    from dlm_lightning.generate import generate
+
+    prompts, places = args.prompt or [], (args.jsonl, args.out)
+    generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device)
     return 0
 
 

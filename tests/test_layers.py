@@ -27,7 +27,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"training"}),
     (4, {"allocator"}),
     (4, {"rehearsal"}),
-    (4, {"picture", "summary", "plan", "probe", "consolidate", "replay"}),
+    (4, {"picture", "summary", "plan", "probe", "consolidate", "replay", "generate"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}

@@ -1,0 +1,163 @@
+"""`dlm generate`: what a run's model makes of prompts, by a decoder from a short YAML, its plan."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonargparse import ArgumentParser
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from dlm_lightning.catalog import folder, nearest
+from dlm_lightning.decode.canvas import Canvas
+from dlm_lightning.decode.decoder import Decoded, decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.module import Recipe
+from dlm_lightning.training import quiet, restore
+from dlm_lightning.view import AUTOREGRESSIVE
+
+MASKED = "░"
+SHIPPED = "decode"  # of configs/, a plan a file
+
+
+def generate(
+    run: str,
+    plan: str | None,
+    overrides: Sequence[str],
+    prompts: Sequence[str],
+    jsonl: str | None = None,
+    out: str | None = None,
+    chat: bool = False,
+    batch: int = 8,
+    device: str | None = None,
+) -> None:
+    """Continue prompts, or those of a JSONL file, and print text and figures; `out` or stdout takes JSON lines.
+
+    A line of a JSONL file has a `prompt` or, for the chat template, `messages`; its other keys are passed on. `plan` is
+    a shipped one's name or a YAML, by default what suits the model's pattern. Raises ValueError or FileNotFoundError
+    for input that cannot be decoded, before anything is.
+    """
+    quiet()
+    if batch < 1:
+        raise ValueError(f"--batch must be at least 1, not {batch}")
+    records = list(_records(jsonl)) if jsonl else [{"prompt": prompt} for prompt in prompts]
+    if out and Path(out).exists():
+        raise FileExistsError(f"{out} is there already; name a new file by --out")
+    chosen = read(plan, overrides) if plan else None
+    _, recipe, _ = restore(run)
+    denoiser = recipe.eval().denoiser.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    chosen = chosen or read(suited(denoiser), overrides)
+    chosen.check(denoiser)
+    ids = [_tokens(recipe.tokenizer, record, chat) for record in records]
+    with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+        for first in range(0, len(ids), batch):
+            with _live(recipe, ids[first : first + batch]) as watch:
+                text = recipe.tokenizer.decode
+                decoded = decode(denoiser, ids[first : first + batch], chosen, text, watch, first)
+            for record, row in zip(records[first:], decoded.rows, strict=False):
+                new = chosen.stopper.cut(recipe.tokenizer.decode(row.new_ids, skip_special_tokens=True))
+                if jsonl:
+                    file.write(
+                        json.dumps({**record, "text": new, "tokens": len(row.new_ids), "forwards": row.forwards})
+                    )
+                    file.write("\n")
+                else:
+                    file.write(f"{record['prompt']}{new}\n" if not chat else f"{new}\n")
+            file.flush()
+            print(figures(decoded), file=sys.stderr)
+
+
+def figures(decoded: Decoded) -> str:
+    """What decoding took, in a line."""
+    return (
+        f"{decoded.tokens:,} tokens in {decoded.forwards:,} forwards: {decoded.tokens_per_forward:.2f} tokens per forward, "
+        f"{decoded.tokens_per_second:,.1f} tokens per second, {decoded.cached_share:.0%} of the tokens from the cache"
+    )
+
+
+def suited(denoiser: Denoiser) -> str:
+    """The shipped plan that suits a model's pattern."""
+    if denoiser.pattern == AUTOREGRESSIVE and denoiser.shift == "next_token":
+        return "autoregressive"
+    return "block" if denoiser.pattern.block_size else "semi_autoregressive"
+
+
+def plans() -> dict[str, Path]:
+    """The shipped plans by name."""
+    return {path.stem: path for path in sorted((folder("configs") / SHIPPED).glob("*.yaml"))}
+
+
+def read(name: str, overrides: Sequence[str]) -> Plan:
+    """The plan of a name or of a YAML's path, with overrides `key=value`."""
+    path = Path(name).expanduser()
+    if path.suffix in (".yaml", ".yml"):
+        if not path.is_file():
+            raise FileNotFoundError(f"there is no plan file {name}")
+    elif name in (known := plans()):
+        path = known[name]
+    else:
+        raise FileNotFoundError(f"there is no plan {name}{nearest(name, known)}; there are {', '.join(known)}")
+    parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, prog="dlm generate")
+    parser.add_class_arguments(Plan, None)
+    parser.add_argument("--config", action="config")
+    words = [word if word.startswith("-") else f"--{word}" for word in overrides]
+    config = parser.instantiate(parser.parse_args([f"--config={path}", *words]))
+    return Plan(**{field.name: config[field.name] for field in fields(Plan)})
+
+
+def _records(path: str) -> Iterator[dict[str, Any]]:
+    """The lines of a JSONL file; `-` is stdin."""
+    text = sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
+    for number, line in enumerate(text.splitlines(), 1):
+        if not line.strip():
+            continue
+        try:
+            record = json.loads(line)
+        except ValueError as error:
+            raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
+        if not isinstance(record, dict) or not ({"prompt", "messages"} & record.keys()):
+            raise ValueError(f"{path}: line {number} has neither a prompt nor messages")
+        yield record
+
+
+def _tokens(tokenizer: Any, record: dict[str, Any], chat: bool) -> list[int]:
+    if "messages" not in record and not chat:
+        return tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
+    if not tokenizer.chat_template:
+        raise ValueError("the model's tokenizer has no chat template; leave --chat out")
+    messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
+    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+
+
+@contextmanager
+def _live(recipe: Recipe, ids: Sequence[Sequence[int]]) -> Iterator[Callable[[Canvas], None] | None]:
+    """A display of a single prompt's canvas while it is filled in, on a terminal's stderr."""
+    console = Console(stderr=True, highlight=False)
+    if len(ids) > 1 or not console.is_terminal:
+        yield None
+        return
+    with Live(console=console, transient=True, auto_refresh=False) as live:
+        yield lambda canvas: live.update(_picture(recipe, canvas), refresh=True) if len(canvas.ids_BL) else None
+
+
+def _picture(recipe: Recipe, canvas: Canvas) -> Text:
+    prompt, tokens = int(canvas.prompt_B[0]), canvas.visible(0)
+    text = Text(recipe.tokenizer.decode(tokens[:prompt]), style="dim")
+    known: list[int] = []
+    for token in [*tokens[prompt:], None]:
+        if token is None or token == recipe.mask_id:
+            text.append(recipe.tokenizer.decode(known), style="default")
+            text.append(MASKED if token is not None else "", style="yellow")
+            known = []
+        else:
+            known.append(token)
+    return text
