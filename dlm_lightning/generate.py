@@ -79,8 +79,8 @@ def generate(
 def figures(decoded: Decoded) -> str:
     """What decoding took, in a line."""
     return (
-        f"{decoded.tokens:,} tokens in {decoded.forwards:,} forwards: {decoded.tokens_per_forward:.2f} tokens per forward, "
-        f"{decoded.tokens_per_second:,.1f} tokens per second, {decoded.cached_share:.0%} of the tokens from the cache"
+        f"{decoded.tokens:,} tokens in {decoded.forwards:,} forwards, {decoded.tokens_per_forward:.2f} per forward; "
+        f"{decoded.tokens_per_second:,.1f} per second; {decoded.cached_share:.0%} of what was seen from the cache"
     )
 
 

@@ -166,7 +166,7 @@ def test_the_rule_rejects(path, source, message):
             "recipes/mine.py",
             "from dlm_lightning.module import Recipe\nfrom dlm_lightning.view import Pattern",
         ),
-        ("callbacks/mine.py", "import lightning\nfrom dlm_lightning.decode.blockwise import decode"),
+        ("callbacks/mine.py", "import lightning\nfrom dlm_lightning.decode.decoder import decode"),
         ("dlm_lightning/data/text_files.py", "from dlm_lightning.data.token_data import TokenData"),
         ("dlm_lightning/loss.py", "import math, torch.nn, numpy as np\nfrom dlm_lightning.view import View"),
         ("dlm_lightning/cli.py", "from dlm_lightning import __version__, catalog"),

@@ -10,7 +10,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning import lora
-from dlm_lightning.decode.blockwise import decode
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.reuse import Nothing, Prefix
+from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.drift import measure
 from dlm_lightning.lora import Lora
 from dlm_lightning.noise import NELBO
@@ -171,9 +174,11 @@ def test_rows_of_an_update_are_those_of_the_whole(make_denoiser):
 
 
 def test_decoding_works_with_adapters(make_denoiser):
-    denoiser = move(adapted(make_denoiser()))
-    cached, plain = (decode(denoiser, [1, 2, 3], PATTERN, 9, 0.9, None, cached=cached) for cached in (True, False))
-    assert cached.ids == plain.ids
+    denoiser = move(adapted(make_denoiser(pattern=PATTERN)))
+    cached, plain = (
+        decode(denoiser, [[1, 2, 3]], Plan(cache=cache, stopper=Stopper(9))) for cache in (Prefix(), Nothing())
+    )
+    assert cached.rows[0].ids == plain.rows[0].ids and cached.cached_share > 0
 
 
 def test_gradients_reach_the_factors_as_those_of_the_product(make_denoiser, make_batch, loss_and_gradients):
