@@ -48,7 +48,7 @@ def sentence(error: BaseException) -> str:
         return text
     key = _key(text)
     full = text.rsplit("Errors: - ", 1)[-1]
-    reason = _TAIL.sub("", full)
+    reason = _TAIL.sub("", re.sub(r'^Parser key "[^"]+": (?=Problem with given class_path)', "", full))
     if _NULLABLE.match(full) and (given := _GIVEN.search(full)):
         value = given[1].strip() or "nothing"
         reason = f"{reason}. Got value: {value}"  # of a key that may be null, which says it elsewhere

@@ -54,7 +54,7 @@ def generate(
         raise FileExistsError(f"{out} is there already; name a new file by --out")
     chosen = read(plan, overrides) if plan else None
     _, recipe, _ = restore(run)
-    denoiser = recipe.eval().denoiser.to(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    denoiser = recipe.eval().denoiser.to(_device(device))
     chosen = chosen or read(suited(denoiser), overrides)
     chosen.check(denoiser)
     ids = [_tokens(recipe.tokenizer, record, chat) for record in records]
@@ -112,6 +112,16 @@ def read(name: str, overrides: Sequence[str]) -> Plan:
     words = [word if word.startswith("-") else f"--{word}" for word in overrides]
     config = parser.instantiate(parser.parse_args([f"--config={path}", *words]))
     return Plan(**{field.name: config[field.name] for field in fields(Plan)})
+
+
+def _device(name: str | None) -> torch.device:
+    """A device by name, by default a GPU where there is one."""
+    try:
+        device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"--device {name}: there is no such device here") from error
+    return device
 
 
 def _records(path: str) -> Iterator[dict[str, Any]]:

@@ -1,0 +1,108 @@
+"""`dlm generate`: what is printed is what the decoder makes of the run's own weights."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.generate import plans, read
+from dlm_lightning.training import restore
+
+FIGURES = re.compile(
+    r"^[\d,]+ tokens in [\d,]+ forwards, [\d.]+ per forward; [\d.,]+ per second; \d+% of what was seen "
+)
+SHORT = "stopper.new_tokens=7"
+
+
+def by_decoder(run, prompts: list[str], plan: str = "block", words=(SHORT,)) -> list[str]:
+    _, recipe, _ = restore(str(run))
+    denoiser = recipe.eval().denoiser
+    ids = [recipe.tokenizer(prompt)["input_ids"] for prompt in prompts]
+    rows = decode(denoiser, ids, read(plan, words), recipe.tokenizer.decode).rows
+    return [recipe.tokenizer.decode(row.new_ids, skip_special_tokens=True) for row in rows]
+
+
+def test_prompts_are_continued(finished, typed, tmp_path):
+    said = typed("generate", "done", "--prompt", "the quick", "--prompt", "jumps", SHORT, cwd=tmp_path)
+    expected = by_decoder(finished, ["the quick", "jumps"])
+    assert (said.code, said.out) == (0, f"the quick{expected[0]}\njumps{expected[1]}\n")
+    assert FIGURES.match(said.err)
+
+
+@pytest.mark.parametrize("plan", [name for name in plans() if name != "autoregressive"])
+def test_every_shipped_plan_decodes_a_model_with_blocks(finished, typed, tmp_path, plan):
+    words = [SHORT, "part_size=4"] if plan == "sub_block" else [SHORT]
+    said = typed("generate", "done", "--prompt", "the quick", "--plan", plan, *words, cwd=tmp_path)
+    assert (said.code, said.out) == (0, f"the quick{by_decoder(finished, ['the quick'], plan, words)[0]}\n"), said.err
+
+
+def test_a_file_is_a_prompt_and_out_a_new_file(finished, typed, tmp_path):
+    (tmp_path / "prompt.txt").write_text("the quick")
+    words = ["generate", "done", "--file", "prompt.txt", SHORT, "--out", "text"]
+    said = typed(*words, cwd=tmp_path)
+    assert (said.code, said.out) == (0, "")
+    assert (tmp_path / "text").read_text() == f"the quick{by_decoder(finished, ['the quick'])[0]}\n"
+    assert typed(*words, cwd=tmp_path).err == "dlm: text is there already; name a new file by --out\n"
+
+
+def test_json_lines_keep_what_else_they_say(finished, typed, tmp_path):
+    prompts = ["the quick", "jumps", "over"]
+    lines = [json.dumps({"prompt": prompt, "number": n}) for n, prompt in enumerate(prompts)]
+    (tmp_path / "prompts.jsonl").write_text("\n\n".join(lines) + "\n")
+    said = typed("generate", "done", "--jsonl", "prompts.jsonl", "--batch", "2", SHORT, cwd=tmp_path)
+    records = [json.loads(line) for line in said.out.splitlines()]
+    assert [record["text"] for record in records] == by_decoder(finished, prompts)
+    assert [(record["prompt"], record["number"]) for record in records] == [*zip(prompts, range(3), strict=True)]
+    assert all(record["tokens"] == 7 and 1 <= record["forwards"] <= 7 for record in records)
+
+
+def test_what_is_drawn_does_not_depend_on_the_batch(finished, typed, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the quick"}\n' * 3)
+    words = ["generate", "done", "--jsonl", "prompts.jsonl", SHORT, "sampling.temperature=3"]
+    one, three = (typed(*words, "--batch", n, cwd=tmp_path).out for n in (1, 3))
+    assert one == three and len(set(one.splitlines())) == 3
+
+
+def test_a_stop_string_is_cut_off(finished, typed, tmp_path):
+    [text] = by_decoder(finished, ["the quick"])
+    stop = json.dumps(text[2:4])
+    said = typed("generate", "done", "--prompt", "the quick", SHORT, f"stopper.strings=[{stop}]", cwd=tmp_path)
+    assert (said.code, said.out) == (0, f"the quick{text[: text.index(text[2:4])]}\n")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--prompt", ""], "the prompt is empty"),
+        (["--prompt", "a", "--plan", "blok"], "there is no plan blok; did you mean block?"),
+        (["--prompt", "a", "--plan", "mine.yaml"], "there is no plan file mine.yaml"),
+        (
+            ["--prompt", "a", "--plan", "autoregressive"],
+            "the autoregressive decoder needs a model whose tokens see only",
+        ),
+        (["--prompt", "a", "selector.threshold=1.5"], "threshold must lie in (0, 1], not 1.5"),
+        (["--prompt", "a", "selector.treshold=0.5"], "selector.treshold: Threshold takes no such key"),
+        (["--prompt", "a", "stopper.new_tokens=-1"], "new_tokens must be at least 0"),
+        (["--prompt", "a", "stopper.new_tokens=1000"], "1000 are to come; the model has 256 positions"),
+        (["--prompt", "a", "nonsense=1"], "there is no key nonsense"),
+        (["--prompt", "a", "--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--prompt", "a", "--chat"], "the model's tokenizer has no chat template"),
+        (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
+        (["--file", "missing"], "missing"),
+        (["--jsonl", "missing"], "missing"),
+    ],
+)
+def test_wrong_input_is_refused(finished, refused, tmp_path, words, message):
+    assert message in refused("generate", "done", *words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize(
+    "line, message", [("{", "line 2 is not JSON"), ("{}", "line 2 has neither"), ("3", "line 2 has")]
+)
+def test_wrong_lines_are_refused_before_anything_is_decoded(finished, refused, tmp_path, line, message):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
+    assert message in refused("generate", "done", "--jsonl", "prompts.jsonl", "--out", "out", cwd=tmp_path)
+    assert not (tmp_path / "out").exists()
