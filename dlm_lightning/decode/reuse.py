@@ -33,6 +33,7 @@ class Reuse:
         raise NotImplementedError
 
 
+@dataclass(frozen=True)
 class Nothing(Reuse):
     """Shows all that can be seen: exact for every pattern, and nothing is saved."""
 
@@ -40,6 +41,7 @@ class Nothing(Reuse):
         return canvas.position_L < canvas.reach_B[:, None]
 
 
+@dataclass(frozen=True)
 class Prefix(Reuse):
     """Shows a block, and once more the block before it when that is full: exact.
 
@@ -55,6 +57,7 @@ class Prefix(Reuse):
         return canvas.span(canvas.final_B, canvas.reach_B)
 
 
+@dataclass(frozen=True)
 class SubBlock(Prefix):
     """Shows one part of a block (Fast-dLLM v2's hierarchical cache); the rest of the block is as old as the part.
 
@@ -127,6 +130,7 @@ class Greedy(Reuse):
         return _seen(canvas) & (near_BL | just_BL | all_B[:, None] | _outside(canvas))
 
 
+@dataclass(frozen=True)
 class Causal(Nothing):
     """Shows each token once, after it was filled in, and no masks: exact, the AR model's own way."""
 
