@@ -59,6 +59,11 @@ def folder(name: str) -> Path:
     return Path(next(iter(importlib.import_module(f"dlm_lightning.{name}").__path__)))
 
 
+def plans() -> dict[str, Path]:
+    """The shipped decoders by name."""
+    return {path.stem: path for path in sorted((folder("configs") / "decode").glob("*.yaml"))}
+
+
 def find(recipe: str) -> RecipeFile:
     """The recipe of a name or of a YAML's path; raises FileNotFoundError with the nearest name."""
     path = Path(recipe).expanduser()

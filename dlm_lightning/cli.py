@@ -214,6 +214,7 @@ def _list() -> int:
     for title, (package, bases) in catalog.PLUGINS.items():
         found = [(*path.rsplit(".", 1), about) for path, about in catalog.classes(package, bases)]
         tables[title] = [(name, about, module) for module, name, about in found]
+    tables["decoders"] = [(name, _title(path), "dlm_lightning") for name, path in catalog.plans().items()]
     width = max(len(name) for rows in tables.values() for name, *_ in rows)
     columns = max(40, shutil.get_terminal_size().columns - width - 4)
     for title, rows in tables.items():

@@ -11,12 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from dlm_lightning.catalog import folder, nearest
+from dlm_lightning import runs
+from dlm_lightning.catalog import nearest, plans
+from dlm_lightning.data import conversations
 from dlm_lightning.decode.canvas import Canvas
 from dlm_lightning.decode.decoder import Decoded, decode
 from dlm_lightning.decode.plan import Plan
@@ -26,7 +29,6 @@ from dlm_lightning.training import quiet, restore
 from dlm_lightning.view import AUTOREGRESSIVE
 
 MASKED = "░"
-SHIPPED = "decode"  # of configs/, a plan a file
 
 
 def generate(
@@ -53,11 +55,18 @@ def generate(
     if out and Path(out).exists():
         raise FileExistsError(f"{out} is there already; name a new file by --out")
     chosen = read(plan, overrides) if plan else None
-    _, recipe, _ = restore(run)
+    folder, recipe, _ = restore(run)
+    data = yaml.safe_load((folder / runs.CONFIG).read_text())["data"]["init_args"]
+    template = conversations.template(data.get("chat_template")) or recipe.tokenizer.chat_template
     denoiser = recipe.eval().denoiser.to(_device(device))
+    asked = chat or any("messages" in record for record in records)
+    if asked and not template:
+        raise ValueError(
+            "the run has no chat template, in data.chat_template or its tokenizer; prompts alone need none"
+        )
     chosen = chosen or read(suited(denoiser), overrides)
     chosen.check(denoiser)
-    ids = [_tokens(recipe.tokenizer, record, chat) for record in records]
+    ids = [_tokens(recipe.tokenizer, record, template if chat or "messages" in record else None) for record in records]
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         for first in range(0, len(ids), batch):
             with _live(recipe, ids[first : first + batch]) as watch:
@@ -91,11 +100,6 @@ def suited(denoiser: Denoiser) -> str:
     return "block" if denoiser.pattern.block_size else "semi_autoregressive"
 
 
-def plans() -> dict[str, Path]:
-    """The shipped plans by name."""
-    return {path.stem: path for path in sorted((folder("configs") / SHIPPED).glob("*.yaml"))}
-
-
 def read(name: str, overrides: Sequence[str]) -> Plan:
     """The plan of a name or of a YAML's path, with overrides `key=value`."""
     path = Path(name).expanduser()
@@ -105,7 +109,7 @@ def read(name: str, overrides: Sequence[str]) -> Plan:
     elif name in (known := plans()):
         path = known[name]
     else:
-        raise FileNotFoundError(f"there is no plan {name}{nearest(name, known)}; there are {', '.join(known)}")
+        raise FileNotFoundError(f"there is no plan {name}{nearest(name, known) or ';'} `dlm list` shows all")
     parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, prog="dlm generate")
     parser.add_class_arguments(Plan, None)
     parser.add_argument("--config", action="config")
@@ -139,13 +143,13 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
         yield record
 
 
-def _tokens(tokenizer: Any, record: dict[str, Any], chat: bool) -> list[int]:
-    if "messages" not in record and not chat:
+def _tokens(tokenizer: Any, record: dict[str, Any], template: str | None) -> list[int]:
+    """A record's tokens, as an answer's prompt if there is a template."""
+    if template is None:
         return tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
-    if not tokenizer.chat_template:
-        raise ValueError("the model's tokenizer has no chat template; leave --chat out")
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]
-    return tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    options = {"chat_template": template, "add_generation_prompt": True, "return_dict": True}
+    return tokenizer.apply_chat_template(messages, **options)["input_ids"]
 
 
 @contextmanager

@@ -62,6 +62,7 @@ def test_list_names_recipes_data_and_callbacks_with_what_they_do(typed, tmp_path
         comment = (SHIPPED / f"{recipe}.yaml").read_text().split("\nextends:")[0]
         sentence = " ".join(comment.replace("#", "").split()).split(". ")[0].rstrip(".")
         assert f"{recipe} {sentence}. from dlm_lightning " in text
+    assert "sub_block Fast-dLLM v2's hierarchical cache: a block is filled in parts of 8" in text
     for plugin in (TextFiles, ShortAnswers, WeightDrift, Samples):
         assert f"{plugin.__name__} {plugin.__doc__.splitlines()[0]} from {plugin.__module__}" in text
 

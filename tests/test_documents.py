@@ -11,6 +11,7 @@ from lightning import Trainer
 
 from dlm_lightning import catalog
 from dlm_lightning.errors import parameters
+from dlm_lightning.generate import read
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text()
@@ -54,3 +55,18 @@ def test_recipes_and_keys_in_commands_exist(path):
             known[section] = set(parameters(config[section]["class_path"]))
         for section, key in re.findall(r"\b(model|data|trainer)\.(\w+)=", words):
             assert key in known[section], f"{section}.{key}"
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
+def test_plans_and_their_keys_in_commands_exist(path):
+    for line in re.findall(r"dlm generate ([^\n`]*)", path.read_text()):
+        for name in re.findall(r"--plan (\w+)(?!\.yaml)\b", line):
+            assert name in ("NAME", "mine", *catalog.plans())
+        words = re.findall(r"\b((?:selector|cache|stopper|sampling)\.\w+=\S+)", line)
+        plan = next((name for name in re.findall(r"--plan (\w+)", line) if name in catalog.plans()), "block")
+        read(plan, words)
+
+
+def test_the_table_of_decoders_is_whole():
+    rows = re.findall(r"^\| `(\w+)` \| .* \| (?:yes|no) \|", (ROOT / "docs" / "decoding.md").read_text(), re.M)
+    assert set(rows) == set(catalog.plans())

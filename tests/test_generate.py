@@ -6,9 +6,11 @@ import json
 import re
 
 import pytest
+import yaml
 
+from dlm_lightning.catalog import plans
 from dlm_lightning.decode.decoder import decode
-from dlm_lightning.generate import plans, read
+from dlm_lightning.generate import read
 from dlm_lightning.training import restore
 
 FIGURES = re.compile(
@@ -89,7 +91,7 @@ def test_a_stop_string_is_cut_off(finished, typed, tmp_path):
         (["--prompt", "a", "stopper.new_tokens=1000"], "1000 are to come; the model has 256 positions"),
         (["--prompt", "a", "nonsense=1"], "there is no key nonsense"),
         (["--prompt", "a", "--batch", "0"], "--batch must be at least 1, not 0"),
-        (["--prompt", "a", "--chat"], "the model's tokenizer has no chat template"),
+        (["--prompt", "a", "--chat"], "the run has no chat template"),
         (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
         (["--file", "missing"], "missing"),
         (["--jsonl", "missing"], "missing"),
@@ -106,3 +108,24 @@ def test_wrong_lines_are_refused_before_anything_is_decoded(finished, refused, t
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
     assert message in refused("generate", "done", "--jsonl", "prompts.jsonl", "--out", "out", cwd=tmp_path)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_chat_is_asked_for_as_in_training(finished, typed, tmp_path):
+    """By the run's own template, from a prompt or from messages."""
+    template = (
+        "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}{% if add_generation_prompt %}<a>{% endif %}"
+    )
+    path = finished / "config.yaml"
+    config = yaml.safe_load(path.read_text())
+    config["data"] = {
+        "class_path": "dlm_lightning.data.chat.Chat",
+        "init_args": {"paths": ["x"], "chat_template": template},
+    }
+    path.write_text(yaml.safe_dump(config))
+    messages = [{"role": "user", "content": "the quick"}]
+    (tmp_path / "chats.jsonl").write_text(json.dumps({"messages": messages}) + "\n" + json.dumps({"prompt": "jumps"}))
+    said = typed("generate", "done", "--jsonl", "chats.jsonl", SHORT, cwd=tmp_path)
+    answers = [json.loads(line)["text"] for line in said.out.splitlines()]
+    assert answers == by_decoder(finished, ["<user> the quick <a>", "jumps"])
+    said = typed("generate", "done", "--chat", "--prompt", "the quick", SHORT, cwd=tmp_path)
+    assert said.out == answers[0] + "\n"

@@ -8,7 +8,6 @@ import reprlib
 from collections.abc import Iterator
 from functools import cached_property
 from itertools import islice
-from pathlib import Path
 from typing import Any, Literal
 
 from jinja2 import TemplateError, TemplateSyntaxError
@@ -147,12 +146,7 @@ class Chat(TokenData):
         """The chat template as text; a ValueError says what is missing."""
         if self.tokenizer is None:
             raise ValueError("data: chats need model.source, whose tokenizer has the chat template's tokens")
-        text = self.chat_template
-        if text and text.endswith(".jinja"):
-            file = Path(text).expanduser()
-            if not file.is_file():
-                raise FileNotFoundError(f"data.chat_template: there is no file {text}")
-            text = file.read_text(encoding="utf-8")
+        text = conversations.template(self.chat_template)
         if not text and not self.tokenizer.chat_template:
             raise ValueError("data.chat_template must be set: the source's tokenizer has no chat template")
         return self.tokenizer.get_chat_template(text)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 from dlm_lightning.data.records import Malformed, kind, mapping, text
@@ -44,3 +45,13 @@ def _message(turn: Any, number: int) -> Message:
     for key in ("role", "content"):
         text(turn[key], f"has a message {number} whose {key}")
     return turn
+
+
+def template(given: str | None) -> str | None:
+    """A chat template as text, from its text or a .jinja file."""
+    if not given or not given.endswith(".jinja"):
+        return given
+    file = Path(given).expanduser()
+    if not file.is_file():
+        raise FileNotFoundError(f"data.chat_template: there is no file {given}")
+    return file.read_text(encoding="utf-8")
