@@ -41,7 +41,7 @@ class Samples(L.Callback):
         plan = Plan(selector=Threshold(self.threshold), cache=exact(denoiser), stopper=Stopper(self.new_tokens))
         lines = []
         for ids in self._prompts(trainer, recipe):
-            decoded = decode(denoiser, [ids], plan)
+            decoded = decode(denoiser, [ids], plan, eos_ids=[tokenizer.eos_token_id])
             prompt, text = tokenizer.decode(ids), tokenizer.decode(decoded.rows[0].new_ids)
             lines.append(f"[{prompt}]{text}\n({decoded.tokens_per_forward:.2f} tokens per forward)")
         self._write(trainer, "\n".join(lines))

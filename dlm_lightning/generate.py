@@ -56,8 +56,9 @@ def generate(
         raise FileExistsError(f"{out} is there already; name a new file by --out")
     chosen = read(plan, overrides) if plan else None
     folder, recipe, _ = restore(run)
+    tokenizer = recipe.tokenizer
     data = yaml.safe_load((folder / runs.CONFIG).read_text())["data"]["init_args"]
-    template = conversations.template(data.get("chat_template")) or recipe.tokenizer.chat_template
+    template = conversations.template(data.get("chat_template")) or tokenizer.chat_template
     denoiser = recipe.eval().denoiser.to(_device(device))
     asked = chat or any("messages" in record for record in records)
     if asked and not template:
@@ -66,14 +67,16 @@ def generate(
         )
     chosen = chosen or read(suited(denoiser), overrides)
     chosen.check(denoiser)
-    ids = [_tokens(recipe.tokenizer, record, template if chat or "messages" in record else None) for record in records]
+    ids = [_tokens(tokenizer, record, template if chat or "messages" in record else None) for record in records]
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         for first in range(0, len(ids), batch):
             with _live(recipe, ids[first : first + batch]) as watch:
-                text = recipe.tokenizer.decode
-                decoded = decode(denoiser, ids[first : first + batch], chosen, text, watch, first)
+                options: dict[str, Any] = {"text": tokenizer.decode, "watch": watch, "first": first}
+                decoded = decode(
+                    denoiser, ids[first : first + batch], chosen, eos_ids=[tokenizer.eos_token_id], **options
+                )
             for record, row in zip(records[first:], decoded.rows, strict=False):
-                new = chosen.stopper.cut(recipe.tokenizer.decode(row.new_ids, skip_special_tokens=True))
+                new = chosen.stopper.cut(tokenizer.decode(row.new_ids, skip_special_tokens=True))
                 if jsonl:
                     file.write(
                         json.dumps({**record, "text": new, "tokens": len(row.new_ids), "forwards": row.forwards})

@@ -23,7 +23,7 @@ def by_decoder(run, prompts: list[str], plan: str = "block", words=(SHORT,)) -> 
     _, recipe, _ = restore(str(run))
     denoiser = recipe.eval().denoiser
     ids = [recipe.tokenizer(prompt)["input_ids"] for prompt in prompts]
-    rows = decode(denoiser, ids, read(plan, words), recipe.tokenizer.decode).rows
+    rows = decode(denoiser, ids, read(plan, words), text=recipe.tokenizer.decode).rows
     return [recipe.tokenizer.decode(row.new_ids, skip_special_tokens=True) for row in rows]
 
 

@@ -7,7 +7,7 @@ fill in, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -79,16 +79,18 @@ def decode(
     denoiser: Denoiser,
     prompts: Sequence[Sequence[int]],
     plan: Plan,
+    *,
     text: Callable[[list[int]], str] | None = None,
     watch: Callable[[Canvas], None] | None = None,
     first: int = 0,
+    eos_ids: Collection[int | None] = (),
 ) -> Decoded:
     """Continue prompts of any lengths, a row each; what comes of one does not depend on the others.
 
-    `text` turns token ids into text, for stop strings; `watch` is called after each forward; `first` is the first
-    row's number, by which it draws tokens. Raises ValueError for a
-    prompt that is empty, begins with the mask, has unknown tokens or does not fit into the model's positions, and for a
-    plan that the model's pattern cannot follow.
+    `text` turns token ids into text, for stop strings. `watch` is called after each forward. `first` is the first row's
+    number, by which it draws tokens. `eos_ids` end a text beside those that the network's configs name. Raises
+    ValueError for a prompt that is empty, begins with the mask, has unknown tokens or does not fit into the model's
+    positions, and for a plan that the model's pattern cannot follow.
     """
     began = time.perf_counter()
     plan.check(denoiser)
@@ -107,13 +109,13 @@ def decode(
         ahead,
         device,
     )
-    eos_ids, shifted, score = _eos_ids(denoiser), denoiser.shift != "none", SCORERS[plan.scorer]
+    ends_with, shifted, score = _eos_ids(denoiser, eos_ids), denoiser.shift != "none", SCORERS[plan.scorer]
     L = canvas.ids_BL.shape[1]
     cache = Cache(L)
     rows: dict[int, Row] = {}
     forwards, shown, seen = ([0] * len(prompts) for _ in range(3))
     while True:
-        ends, numbers = plan.stopper.ends(canvas, eos_ids, text), canvas.number_B.tolist()
+        ends, numbers = plan.stopper.ends(canvas, ends_with, text), canvas.number_B.tolist()
         for row, (end, number) in enumerate(zip(ends, numbers, strict=True)):
             if end is not None:
                 ids = canvas.ids_BL[row, :end].tolist()
@@ -138,7 +140,7 @@ def decode(
 
         index_N = candidates_BL.flatten().nonzero().squeeze(1)
         logits_NV = denoiser(view, index_N, cache=cache)
-        plan.stopper.forbid(logits_NV, index_N, canvas, eos_ids)
+        plan.stopper.forbid(logits_NV, index_N, canvas, ends_with)
         token_N = plan.sampling.draw(
             logits_NV, [first + number for number in numbers], [forwards[number] for number in numbers], index_N, L
         )
@@ -159,10 +161,10 @@ def _columns(shown_BL: Tensor) -> Tensor:
     return order_BL.gather(1, torch.minimum(place_S, count_B[:, None] - 1))
 
 
-def _eos_ids(denoiser: Denoiser) -> list[int]:
-    """The end-of-text tokens of the network's configs."""
+def _eos_ids(denoiser: Denoiser, others: Collection[int | None]) -> list[int]:
+    """The end-of-text tokens of the network's configs, and others."""
     network = denoiser.network
-    found: set[int] = set()
+    found = {token for token in others if token is not None}
     for config in (network.config, getattr(network, "generation_config", None)):
         ids = getattr(config, "eos_token_id", None)
         found |= set(ids if isinstance(ids, (list, tuple)) else [] if ids is None else [ids])
@@ -170,7 +172,8 @@ def _eos_ids(denoiser: Denoiser) -> list[int]:
 
 
 def _check(denoiser: Denoiser, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
-    vocabulary, positions = denoiser.network.config.vocab_size, denoiser.network.config.max_position_embeddings
+    config = denoiser.network.config
+    vocabulary, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
     for number, prompt in enumerate(prompts):
         where = f"prompt {number + 1} of {len(prompts)}" if len(prompts) > 1 else "the prompt"
         if not len(prompt):

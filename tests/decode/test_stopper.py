@@ -65,11 +65,12 @@ def test_decoding_ends_there_and_spends_no_more_forwards(make_denoiser, pattern,
     denoiser = make_denoiser(shift=shift, pattern=pattern)
     how = Plan(selector=LeftToRight(), cache=exact(denoiser), stopper=Stopper(12, eos=False))
     free = decode(denoiser, PROMPTS, how).rows
-    for config in (denoiser.network.config, denoiser.network.generation_config):
-        config.eos_token_id = [free[0].new_ids[3], free[1].new_ids[5]]
-    stopped = decode(denoiser, PROMPTS, Plan(selector=LeftToRight(), cache=exact(denoiser), stopper=Stopper(12))).rows
+    eos_ids = [free[0].new_ids[3], free[1].new_ids[5], free[2].new_ids[7]]  # of a config each, and given
+    denoiser.network.config.eos_token_id, denoiser.network.generation_config.eos_token_id = eos_ids[0], eos_ids[1:2]
+    how = Plan(selector=LeftToRight(), cache=exact(denoiser), stopper=Stopper(12))
+    stopped = decode(denoiser, PROMPTS, how, eos_ids=eos_ids[2:]).rows
     for row, whole in zip(stopped, free, strict=True):
-        found = [i for i, token in enumerate(whole.new_ids) if token in denoiser.network.config.eos_token_id]
+        found = [i for i, token in enumerate(whole.new_ids) if token in eos_ids]
         assert row.new_ids == whole.new_ids[: found[0] + 1 if found else None]
         assert row.forwards == len(row.new_ids)
     assert len(stopped[0].new_ids) <= 4
