@@ -18,6 +18,7 @@ from dlm_lightning.decode.canvas import Canvas
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.scorer import SCORERS
 from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.view import sees
 
 
 @dataclass(frozen=True)
@@ -146,6 +147,10 @@ def decode(
         )
         score_BL = torch.full(candidates_BL.shape, -torch.inf, device=device)
         score_BL.view(-1)[index_N] = score(logits_NV.softmax(1), token_N)
+        if (
+            shifted and not ahead and denoiser.predicate is sees
+        ):  # read from the context, where nothing changes any more
+            score_BL[candidates_BL & (canvas.position_L == canvas.start_B[:, None])] = torch.inf
         token_BL = canvas.ids_BL.clone()
         token_BL.view(-1)[index_N] = token_N
         canvas.commit(plan.selector.choose(score_BL, canvas), token_BL)

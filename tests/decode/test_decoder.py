@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
@@ -83,7 +85,8 @@ def by_loops(plain_logits, denoiser, new_tokens: int, threshold: float, prompt=P
             first = ids.index(MASK)
             for i in (i for i, token in enumerate(ids) if token == MASK and (not part or i // part == first // part)):
                 p, token = logits[i - (denoiser.shift == "next_token")].softmax(0).max(0)
-                guesses[i] = (p.item(), token.item())
+                settled = denoiser.shift == "next_token" and pattern.block_size and i % block == 0
+                guesses[i] = (math.inf if settled else p.item(), token.item())  # read from the finished block before
             surest = max(guesses, key=lambda i: guesses[i][0])
             for i, (p, token) in guesses.items():
                 if i == surest or p > threshold:
@@ -149,6 +152,18 @@ def test_a_finished_block_passes_the_network_once_more(make_denoiser):
     assert forwards(denoiser, [PROMPT], plan(7))[1] == [8, 8, 12, 12, 12, 12, 13]
     row = decode(denoiser, [PROMPT], plan(7, cache=Prefix())).rows[0]
     assert (row.shown, row.seen) == (37, 77)
+
+
+def test_with_shift_a_finished_block_gives_the_first_token_of_the_next(make_denoiser):
+    denoiser = make_denoiser(shift="next_token", pattern=PATTERNS["clean"])
+    firsts = []
+
+    def watch(canvas):
+        if canvas.forwards_B[0] == 1:  # after the first forward of a block
+            firsts.append(int(canvas.ids_BL[0, canvas.start_B[0]]))
+
+    row = decode(denoiser, [PROMPT * 2], plan(8, cache=Prefix()), watch=watch).rows[0]
+    assert firsts == [row.ids[12], row.ids[16]]
 
 
 def test_what_is_never_a_reason_to_refuse_is_exact(make_denoiser):
