@@ -21,7 +21,7 @@ from dlm_lightning import runs
 from dlm_lightning.catalog import nearest, plans
 from dlm_lightning.data import conversations
 from dlm_lightning.decode.canvas import Canvas
-from dlm_lightning.decode.decoder import Decoded, decode
+from dlm_lightning.decode.decoder import Decoded, check_prompts, decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.module import Recipe
@@ -68,6 +68,7 @@ def generate(
     chosen = chosen or read(suited(denoiser), overrides)
     chosen.check(denoiser)
     ids = [_tokens(tokenizer, record, template if chat or "messages" in record else None) for record in records]
+    check_prompts(denoiser, ids, chosen.stopper.new_tokens)  # of all batches, before the first is written
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         for first in range(0, len(ids), batch):
             with _live(recipe, ids[first : first + batch]) as watch:
@@ -143,6 +144,8 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not ({"prompt", "messages"} & record.keys()):
             raise ValueError(f"{path}: line {number} has neither a prompt nor messages")
+        if not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("messages", []), list):
+            raise ValueError(f"{path}: line {number}: a prompt is a text, messages are a list")
         yield record
 
 

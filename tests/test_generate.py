@@ -106,7 +106,8 @@ def test_wrong_input_is_refused(finished, refused, tmp_path, words, message):
 )
 def test_wrong_lines_are_refused_before_anything_is_decoded(finished, refused, tmp_path, line, message):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "a"}\n' + line)
-    assert message in refused("generate", "done", "--jsonl", "prompts.jsonl", "--out", "out", cwd=tmp_path)
+    words = ["--jsonl", "prompts.jsonl", "--out", "out", "--batch", "1", SHORT]
+    assert message in refused("generate", "done", *words, cwd=tmp_path)
     assert not (tmp_path / "out").exists()
 
 

@@ -97,7 +97,7 @@ def decode(
     plan.check(denoiser)
     if plan.stopper.strings and text is None:
         raise ValueError("stop strings need the tokenizer, to know the text of tokens")
-    _check(denoiser, prompts, plan.stopper.new_tokens)
+    check_prompts(denoiser, prompts, plan.stopper.new_tokens)
     pattern = plan.pattern(denoiser.pattern)
     ahead = pattern.block_size is None
     device = next(denoiser.parameters()).device
@@ -176,7 +176,8 @@ def _eos_ids(denoiser: Denoiser, others: Collection[int | None]) -> list[int]:
     return sorted(found)
 
 
-def _check(denoiser: Denoiser, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+def check_prompts(denoiser: Denoiser, prompts: Sequence[Sequence[int]], new_tokens: int) -> None:
+    """Raise ValueError, naming it, for a prompt that cannot be continued by so many tokens."""
     config = denoiser.network.config
     vocabulary, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
     for number, prompt in enumerate(prompts):

@@ -166,8 +166,7 @@ def test_with_shift_a_finished_block_gives_the_first_token_of_the_next(make_deno
     assert firsts == [row.ids[12], row.ids[16]]
 
 
-def test_what_is_never_a_reason_to_refuse_is_exact(make_denoiser):
-    """`exact` picks what the model allows."""
+def test_exact_picks_what_the_model_allows(make_denoiser):
     assert isinstance(exact(make_denoiser(pattern=PATTERNS["clean"])), Prefix)
     assert isinstance(exact(make_denoiser(pattern=AUTOREGRESSIVE, shift="next_token")), Causal)
     assert isinstance(exact(make_denoiser(pattern=AUTOREGRESSIVE)), Prefix)
