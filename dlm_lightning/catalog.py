@@ -17,7 +17,7 @@ from warnings import warn
 
 ENTRY_POINTS = "dlm_lightning.recipes"
 PLUGINS = {  # where they lie, and the names of what they extend
-    "data modules": ("dlm_lightning.data", ("TokenData",)),
+    "data modules": ("dlm_lightning.data", ("TokenData", "Answers")),
     "callbacks": ("dlm_lightning.callbacks", ("Callback", "Checkpoint")),
 }
 
@@ -148,13 +148,14 @@ def make_importable(recipe: RecipeFile) -> None:
 
 
 def classes(package: str, bases: tuple[str, ...]) -> Iterator[tuple[str, str]]:
-    """(class path, first line of its docstring) of a package's classes that extend one of `bases`; imports nothing."""
+    """(class path, first line of its docstring) of a package's classes that extend one of `bases`, which are not among
+    them; imports nothing."""
     spec = importlib.util.find_spec(package)
     assert spec and spec.submodule_search_locations
     for path in sorted(Path(spec.submodule_search_locations[0]).glob("*.py")):
         for node in ast.parse(path.read_text()).body:
-            if isinstance(node, ast.ClassDef) and any(
-                ast.unparse(parent).split(".")[-1] in bases for parent in node.bases
-            ):
+            if not isinstance(node, ast.ClassDef) or node.name in bases:
+                continue
+            if any(ast.unparse(parent).split(".")[-1] in bases for parent in node.bases):
                 doc = (ast.get_docstring(node) or "").split("\n")[0]
                 yield f"{package}.{path.stem}.{node.name}", doc

@@ -200,7 +200,7 @@ def test_classes_are_all_that_importing_would_find(package, bases):
         module = importlib.import_module(f"{package}.{path.stem}" if path.stem != "__init__" else package)
         for cls in vars(module).values():
             names = {parent.__name__ for parent in getattr(cls, "__mro__", ())[1:]}
-            if names & set(bases) and cls.__module__ == module.__name__:
+            if names & set(bases) and cls.__module__ == module.__name__ and cls.__name__ not in bases:
                 expected[f"{module.__name__}.{cls.__name__}"] = cls.__doc__.split("\n")[0]
     assert found == expected
     assert found

@@ -14,7 +14,7 @@ from dlm_lightning import __version__, catalog, cli
 from dlm_lightning.callbacks.samples import Samples
 from dlm_lightning.callbacks.weight_drift import WeightDrift
 from dlm_lightning.cli import _report
-from dlm_lightning.data.short_answers import ShortAnswers
+from dlm_lightning.data.exact_answers import ExactAnswers
 from dlm_lightning.data.text_files import TextFiles
 
 SHIPPED = Path(__file__).parents[1] / "recipes"
@@ -63,7 +63,7 @@ def test_list_names_recipes_data_and_callbacks_with_what_they_do(typed, tmp_path
         sentence = " ".join(comment.replace("#", "").split()).split(". ")[0].rstrip(".")
         assert f"{recipe} {sentence}. from dlm_lightning " in text
     assert "sub_block Fast-dLLM v2's hierarchical cache: a block is filled in parts of 8" in text
-    for plugin in (TextFiles, ShortAnswers, WeightDrift, Samples):
+    for plugin in (TextFiles, ExactAnswers, WeightDrift, Samples):
         assert f"{plugin.__name__} {plugin.__doc__.splitlines()[0]} from {plugin.__module__}" in text
 
 

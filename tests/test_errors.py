@@ -64,7 +64,7 @@ CLASSES = {
     "data.class_path=dlm_lightning.data.text_files.TextFile": "there is no TextFile in "
     "dlm_lightning.data.text_files; did you mean TextFiles?",
     "data.class_path=TextFile": "did you mean dlm_lightning.data.text_files.TextFiles?",
-    "data.class_path=ShortAnswer": "did you mean dlm_lightning.data.short_answers.ShortAnswers?",
+    "data.class_path=ExactAnswer": "did you mean dlm_lightning.data.exact_answers.ExactAnswers?",
     f"trainer.callbacks=[{{class_path: {CHECKPOINTS[:-1]}}}]": "there is no Checkpoint in "
     "dlm_lightning.callbacks.checkpoints; did you mean Checkpoints?",
     "trainer.callbacks=[{class_path: Sample}]": "did you mean dlm_lightning.callbacks.samples.Samples?",

@@ -209,10 +209,10 @@ def place(source_folder: Callable[..., Path], corpus: Path, tmp_path_factory: py
 def tiny(recipe: Path, data: str, place: Place) -> dict[str, Any]:
     """A recipe that extends a shipped one to be a matter of a second, on a data module."""
     model = RECIPES[recipe]["model"]
-    short = {"class_path": "dlm_lightning.data.short_answers.ShortAnswers", "init_args": {"samples": 20}}
+    short = {"class_path": "dlm_lightning.data.exact_answers.ExactAnswers", "init_args": {"samples": 20}}
     own = {
         "TextFiles": {"paths": [str(place.corpus)], "val_share": 0.2},
-        "ShortAnswers": short["init_args"],
+        "ExactAnswers": short["init_args"],
         "Chat": {"paths": [str(place.chats)], "chat_template": TEMPLATE},
         "HubText": {"path": "text", "data_files": str(place.corpus / "0.txt"), "documents": 40},
         "Mixture": {"parts": [short, {**short, "init_args": {"samples": 30}}]},

@@ -13,19 +13,19 @@ from typing import Any, Literal
 from jinja2 import TemplateError, TemplateSyntaxError
 
 from dlm_lightning.data import conversations
+from dlm_lightning.data.answers import Answers
 from dlm_lightning.data.conversations import SHAPES, Message
 from dlm_lightning.data.files import File, absolute, train_and_val, versions
 from dlm_lightning.data.hub import load
 from dlm_lightning.data.records import Malformed, check_share, for_validation, placed, read
-from dlm_lightning.data.rows import Document
-from dlm_lightning.data.token_data import Span, Split, TokenData
+from dlm_lightning.data.token_data import Span, Split
 
 log = logging.getLogger(__name__)
 SUFFIXES = (".jsonl", ".parquet")  # of a folder's files
 SHOWN = 5  # reasons that a report of malformed records gives
 
 
-class Chat(TokenData):
+class Chat(Answers):
     """Conversations whose prompts are shown and whose answers are masked and scored.
 
     A record holds `messages` (role and content), ShareGPT's `conversations` (from and value), or a prompt and its
@@ -43,15 +43,10 @@ class Chat(TokenData):
         val_share: without `val_paths`, the share of the conversations, evenly spread, that is kept for validation.
         chat_template: a chat template as text, or a .jinja file; null takes the tokenizer's own.
         turns: whether `all` answers of a conversation are scored, or the `last`.
-        tail: what fills a conversation's last block: `eos`, end-of-text tokens that are scored, which teach a model to
-            end inside a block; `mask`, mask tokens that are seen and not scored (Fast-dLLM v2); `none`, nothing. In any
-            case one end-of-text token follows an answer that does not end with it.
         skip_malformed: leave out what is no conversation or what the template refuses, with a report; otherwise the
             report is an error.
-        **options: see `TokenData`.
+        **options: see `Answers`.
     """
-
-    splits_documents = False
 
     def __init__(
         self,
@@ -65,7 +60,6 @@ class Chat(TokenData):
         val_share: float = 0.05,
         chat_template: str | None = None,
         turns: Literal["all", "last"] = "all",
-        tail: Literal["eos", "mask", "none"] = "eos",
         skip_malformed: bool = False,
         **options: Any,
     ) -> None:
@@ -76,7 +70,7 @@ class Chat(TokenData):
         self.paths, self.hub, self.hub_name, self.hub_split = paths, hub, hub_name, hub_split
         self.prompt_key, self.response_key = prompt_key, response_key
         self.val_paths, self.val_share = val_paths, val_share
-        self.chat_template, self.turns, self.tail = chat_template, turns, tail
+        self.chat_template, self.turns = chat_template, turns
         self.skip_malformed = skip_malformed
 
     # What is read
@@ -105,8 +99,8 @@ class Chat(TokenData):
                 log.info("%s; they are left out", report)
 
     def identity(self) -> str:
-        """What the files or the hub set hold, how they are read, rendered and split, and what fills last blocks."""
-        rendered = [self._template, self.turns, self.tail, self._block, self._fill_id]
+        """What the files or the hub set hold, and how they are read, rendered and split."""
+        rendered = [self._template, self.turns]
         hub = [self._hub_set._fingerprint] if self.hub else []
         records = [*hub, *versions(*self._files), self.prompt_key, self.response_key, self.skip_malformed]
         split = "apart" if self.val_paths else self.val_share
@@ -121,7 +115,7 @@ class Chat(TokenData):
 
     def facts(self) -> dict[str, int | str]:
         """What must stay as it is when a run is continued."""
-        return {"data.turns": self.turns, "data.tail": self.tail, **super().facts()}
+        return {"data.turns": self.turns, **super().facts()}
 
     @cached_property
     def _files(self) -> tuple[list[File], list[File]]:
@@ -202,33 +196,6 @@ class Chat(TokenData):
         if self.turns == "all" and whole.startswith(self._render(before_last, asks=True)):
             return "the chat template rewrites earlier turns, so only the last answer can be scored: data.turns=last"
         return "the chat template renders an answer otherwise than it asks for it; data.chat_template can be another"
-
-    # What ends a conversation
-
-    @property
-    def _block(self) -> int:
-        """What a filled conversation's length is a multiple of: the finished model's block size, or 1."""
-        return 1 if self.tail == "none" else self.trainer.lightning_module.pattern.block_size or 1
-
-    @property
-    def _fill_id(self) -> int:
-        return self.trainer.lightning_module.mask_id if self.tail == "mask" else self.tokenizer.eos_token_id
-
-    def close(self, ids: list[int], maskable: list[bool]) -> Document:
-        """An end-of-text token unless there is one, and what fills the last block, as far as row and positions go."""
-        if self.tail == "mask" and self._fill_id in ids:
-            raise ValueError(f"model.mask_token: id {self._fill_id} occurs in the data; choose another")
-        if ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids, maskable = [*ids, self.tokenizer.eos_token_id], [*maskable, True]
-        missing = max(0, min(-len(ids) % self._block, min(self.row_length, self.positions) - len(ids)))
-        return Document([*ids, *[self._fill_id] * missing], [*maskable, *[self.tail == "eos"] * missing])
-
-    def _count_tokens(self) -> Any:
-        """The tokens of the texts and their ends: mask tokens that fill blocks are none of them."""
-        counts = super()._count_tokens()
-        if self.tail == "mask":
-            counts[self._fill_id : self._fill_id + 1] = 0
-        return counts
 
 
 def _holds(rendered: str, answer: str) -> bool:

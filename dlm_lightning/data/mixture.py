@@ -79,6 +79,11 @@ class Mixture(TokenData):
         """Those of the parts."""
         return "\n".join(f"{type(part).__qualname__} {part.identity()}" for part in self.parts)
 
+    @property
+    def ending(self) -> str:
+        """Those of the parts."""
+        return "\n".join(part.ending for part in self.parts)
+
     def pin(self, init_args: Any) -> None:
         """Its own, and those of its parts."""
         super().pin(init_args)

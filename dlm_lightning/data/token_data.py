@@ -281,6 +281,11 @@ class TokenData(L.LightningDataModule):
         """A document's tokens with what ends it: an end-of-text token, to be learned like any other."""
         return Document([*ids, self.tokenizer.eos_token_id], [*maskable, True])
 
+    @property
+    def ending(self) -> str:
+        """A text that changes when documents are closed otherwise; names the rows, as `identity` does."""
+        return ""
+
     def trained_tokenizer(self) -> Any:
         """The tokenizer of a model without a source, trained on the training split once and kept in the cache."""
         if self.vocab_size is None:
@@ -295,7 +300,7 @@ class TokenData(L.LightningDataModule):
         """Names what the rows are made of; taken once, as files may change and a call may set a tokenizer's padding."""
         tokenizer = self.tokenizer.backend_tokenizer.to_str(), str(self.tokenizer.eos_token_id)
         how = self.row_length, self.splits_documents, self.pack, self.positions
-        return _digest(self.identity(), *tokenizer, *map(str, how))
+        return _digest(self.identity(), self.ending, *tokenizer, *map(str, how))
 
     def _count_tokens(self) -> np.ndarray:
         table = self.rows["train"].data

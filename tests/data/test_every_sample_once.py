@@ -7,9 +7,9 @@ import datasets
 import pytest
 import torch
 
+from dlm_lightning.data.exact_answers import ExactAnswers
 from dlm_lightning.data.hub_text import HubText
 from dlm_lightning.data.mixture import Mixture
-from dlm_lightning.data.short_answers import ShortAnswers
 from dlm_lightning.data.stream import TRAIN
 from dlm_lightning.data.text_files import TextFiles
 from dlm_lightning.noise import uniforms
@@ -46,12 +46,12 @@ def modules(text, table, cache, monkeypatch, tmp_path):
     own = {"row_length": LENGTH, "vocab_size": 270, "cache_dir": cache}
 
     def parts():
-        return [TextFiles([text]), HubText(table), ShortAnswers(samples=15)]
+        return [TextFiles([text]), HubText(table), ExactAnswers(samples=15)]
 
     return {
         "TextFiles": lambda **options: TextFiles([text], **own, **options),
         "HubText": lambda **options: HubText(table, **own, **options),
-        "ShortAnswers": lambda **options: ShortAnswers(samples=60, **own, **options),
+        "ExactAnswers": lambda **options: ExactAnswers(samples=60, **own, **options),
         "Mixture": lambda **options: Mixture(parts(), **own, **options),
         "weighted": lambda **options: Mixture(parts(), [1, 2, 3], **own, **options),
     }
@@ -98,7 +98,7 @@ def same(one, other):
     return all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-NAMES = ["TextFiles", "HubText", "ShortAnswers", "Mixture", "weighted"]
+NAMES = ["TextFiles", "HubText", "ExactAnswers", "Mixture", "weighted"]
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -15,8 +15,8 @@ from hypothesis import given as given_any
 from hypothesis import strategies as st
 
 from dlm_lightning import catalog
+from dlm_lightning.data.exact_answers import ExactAnswers
 from dlm_lightning.data.mixture import Mixture
-from dlm_lightning.data.short_answers import ShortAnswers
 from dlm_lightning.data.stream import Draw, MixedOrder, share_out
 from dlm_lightning.data.text_files import TextFiles
 from dlm_lightning.training import _pin, parse
@@ -179,10 +179,10 @@ def test_the_report_tells_the_parts_and_their_draws(mixture, ready):
 )  # fmt: skip
 def test_what_the_mixture_says_is_refused_in_a_part_and_given_to_it(key, value):
     with pytest.raises(ValueError, match=rf"^data.parts.1.{key} is the mixture's to say; give data.{key}$"):
-        Mixture([ShortAnswers(), ShortAnswers(**{key: value})])
-    part = ShortAnswers()
+        Mixture([ExactAnswers(), ExactAnswers(**{key: value})])
+    part = ExactAnswers()
     mixture = Mixture([part], **{key: value})
-    assert getattr(part, key) == getattr(mixture, key) != getattr(ShortAnswers(), key)
+    assert getattr(part, key) == getattr(mixture, key) != getattr(ExactAnswers(), key)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +196,12 @@ def test_what_the_mixture_says_is_refused_in_a_part_and_given_to_it(key, value):
 )
 def test_weights_that_make_no_sense_are_refused(parts, weights, says):
     with pytest.raises(ValueError, match=says):
-        Mixture([ShortAnswers() for _ in range(parts)], weights)
+        Mixture([ExactAnswers() for _ in range(parts)], weights)
 
 
 def test_a_mixture_in_a_mixture_is_refused():
     with pytest.raises(ValueError, match=r"data.parts.0 is a mixture itself"):
-        Mixture([Mixture([ShortAnswers()])])
+        Mixture([Mixture([ExactAnswers()])])
 
 
 def test_a_weight_under_which_a_part_never_comes_is_refused(mixture, ready):
@@ -219,14 +219,14 @@ def recipe(parts, **keys):
 
 
 TEXT = {"class_path": "dlm_lightning.data.text_files.TextFiles", "init_args": {"paths": ["texts", "s3://bucket/a"]}}
-ANSWERS = {"class_path": "dlm_lightning.data.short_answers.ShortAnswers"}
+ANSWERS = {"class_path": "dlm_lightning.data.exact_answers.ExactAnswers"}
 
 
 def test_a_recipe_names_the_parts_and_is_printed_back(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     cli = parse(recipe([TEXT, ANSWERS], weights=[1, 3], row_length=32), [], "run")
     first, second = cli.datamodule.parts
-    assert isinstance(first, TextFiles) and isinstance(second, ShortAnswers)
+    assert isinstance(first, TextFiles) and isinstance(second, ExactAnswers)
     assert (first.row_length, second.row_length, cli.datamodule.weights) == (32, 32, [1, 3])
     _pin(cli)
     printed = cli.parser.dump(cli.config, skip_none=False)
@@ -244,7 +244,7 @@ def test_a_recipe_names_the_parts_and_is_printed_back(tmp_path, monkeypatch):
     [
         ([TEXT, {**ANSWERS, "init_args": {"seed": 1}}], [], r"data.parts.1.seed is the mixture's to say"),
         ([TEXT, {**ANSWERS, "init_args": {"sample": 30}}], [], "data.parts: .*sample"),
-        ([TEXT, {"class_path": "ShortAnswer"}], [], "data.parts: .*ShortAnswer"),
+        ([TEXT, {"class_path": "ExactAnswer"}], [], "data.parts: .*ExactAnswer"),
         ([TEXT], ["data.parts.0.init_args.val_share=0.2"], "data.parts: .*val_share"),
     ],
 )
