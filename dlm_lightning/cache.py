@@ -24,11 +24,12 @@ class Cache(transformers.Cache):
 
     Args:
         positions: the most tokens that a document will have.
+        static: look at all slots in each forward, so that shapes do not change and nothing waits for the device.
     """
 
-    def __init__(self, positions: int) -> None:
+    def __init__(self, positions: int, static: bool = False) -> None:
         super().__init__(layers=[])
-        self.positions = positions
+        self.positions, self.static = positions, static
         self.reach = 0  # no slot from here on is in use
         self._slots: dict[Hashable, Tensor] = {}  # [B, P, …] each
         self._place_BS = torch.empty(0)
@@ -47,7 +48,7 @@ class Cache(transformers.Cache):
     def show(self, view: View) -> View:
         """Note the tokens [B, S] that a forward is about to show; returns all that it may look at, [B, K]."""
         self._place_BS = place_BS = view.position_BS
-        if place_BS.is_cuda:  # neither wait for the device nor change the shape
+        if self.static:
             self.reach, self._run = self.positions, None
         else:
             first, last = place_BS[0, 0].item(), place_BS.max().item()

@@ -191,6 +191,7 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--batch", metavar="N", type=int, default=8, help="prompts at a time; default 8")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1; default a GPU if there is one")
+    parser.add_argument("--compile", action="store_true", help="compile the network first: for many prompts")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the plan, such as selector.threshold=0.8")
     args = parser.parse_intermixed_args(argv)
     if not args.jsonl and not args.prompt:
@@ -198,7 +199,7 @@ def _generate(argv: list[str]) -> int:
     from dlm_lightning.generate import generate
 
     prompts, places = args.prompt or [], (args.jsonl, args.out)
-    generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device)
+    generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device, args.compile)
     return 0
 
 

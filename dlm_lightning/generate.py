@@ -16,12 +16,13 @@ from jsonargparse import ArgumentParser
 from rich.console import Console
 from rich.live import Live
 from rich.text import Text
+from torch._dynamo.exc import TorchDynamoException
 
 from dlm_lightning import runs
 from dlm_lightning.catalog import nearest, plans
 from dlm_lightning.data import conversations
 from dlm_lightning.decode.canvas import Canvas
-from dlm_lightning.decode.decoder import Decoded, check_prompts, decode
+from dlm_lightning.decode.decoder import Decoded, check_prompts, compiled, decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.module import Recipe
@@ -41,6 +42,7 @@ def generate(
     chat: bool = False,
     batch: int = 8,
     device: str | None = None,
+    compile_network: bool = False,
 ) -> None:
     """Continue prompts, or those of a JSONL file, and print text and figures; `out` or stdout takes JSON lines.
 
@@ -67,15 +69,20 @@ def generate(
         )
     chosen = chosen or read(suited(denoiser), overrides)
     chosen.check(denoiser)
+    if compile_network:
+        compiled(denoiser)
     ids = [_tokens(tokenizer, record, template if chat or "messages" in record else None) for record in records]
     check_prompts(denoiser, ids, chosen.stopper.new_tokens)  # of all batches, before the first is written
     with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
         for first in range(0, len(ids), batch):
             with _live(recipe, ids[first : first + batch]) as watch:
                 options: dict[str, Any] = {"text": tokenizer.decode, "watch": watch, "first": first}
-                decoded = decode(
-                    denoiser, ids[first : first + batch], chosen, eos_ids=[tokenizer.eos_token_id], **options
-                )
+                options["eos_ids"] = [tokenizer.eos_token_id]
+                try:
+                    decoded = decode(denoiser, ids[first : first + batch], chosen, **options)
+                except TorchDynamoException as error:
+                    said = str(error).strip().splitlines()[0]
+                    raise ValueError(f"--compile: torch.compile cannot compile this network here: {said}") from error
             for record, row in zip(records[first:], decoded.rows, strict=False):
                 new = chosen.stopper.cut(tokenizer.decode(row.new_ids, skip_special_tokens=True))
                 if jsonl:

@@ -12,7 +12,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-Structure = Literal["full", "causal"]
+Structure = Literal["full", "causal"] | int
 STRUCTURES: dict[int | None, Structure] = {None: "full", 1: "causal"}  # of one copy, by its block size
 
 
@@ -45,7 +45,8 @@ class View:
     copy: 0 is the context that later ranks may read; 1, 2, … are noisy copies, read by nobody else.
     document: packed documents never see each other; a padding token is a negative document of its own.
     structure: what is known of the whole view without looking at it: each document is one run, attended in `full` or
-    in `causal` order.
+    in `causal` order; or, with a cache, the tokens of a row come in groups of so many, each of which sees all slots of
+    its row up to its own last position.
     """
 
     ids_BS: Tensor

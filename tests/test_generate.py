@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 
 import pytest
 import yaml
@@ -73,6 +74,20 @@ def test_a_stop_string_is_cut_off(finished, typed, tmp_path):
     stop = json.dumps(text[2:4])
     said = typed("generate", "done", "--prompt", "the quick", SHORT, f"stopper.strings=[{stop}]", cwd=tmp_path)
     assert (said.code, said.out) == (0, f"the quick{text[: text.index(text[2:4])]}\n")
+
+
+def test_without_a_compiler_compile_is_refused(finished, refused, tmp_path, monkeypatch):
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere"))
+    said = refused("generate", "done", "--prompt", "the quick", "--compile", SHORT, cwd=tmp_path)
+    assert "--compile: torch.compile cannot compile this network here: InvalidCxxCompiler" in said
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile on a CPU needs a C++ compiler")
+def test_a_compiled_network_continues_the_same(finished, typed, tmp_path):
+    said = typed("generate", "done", "--prompt", "the quick", "--prompt", "jumps", "--compile", SHORT, cwd=tmp_path)
+    expected = by_decoder(finished, ["the quick", "jumps"])
+    assert (said.code, said.out) == (0, f"the quick{expected[0]}\njumps{expected[1]}\n")
 
 
 @pytest.mark.parametrize(

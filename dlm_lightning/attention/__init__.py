@@ -15,7 +15,7 @@ from dlm_lightning.attention import dense, flash
 from dlm_lightning.view import View
 
 NAME = "dlm_lightning"
-Plan = dense.Plan | flash.Plan
+Plan = dense.Plan | flash.Plan | flash.CachedPlan
 
 
 def plan(
@@ -29,8 +29,9 @@ def plan(
     `keys`, by default the view itself, are the tokens it looks at: with a cache, the context and then the view.
     `dtype` is that of the network's parameters.
     """
-    fast = flash.plan(view, predicate, dtype) if keys is None or keys is view else None
-    return fast or dense.plan(view, predicate, keys)
+    if keys is None or keys is view:
+        return flash.plan(view, predicate, dtype) or dense.plan(view, predicate)
+    return flash.cached_plan(view, predicate, keys, dtype) or dense.plan(view, predicate, keys)
 
 
 def attend(

@@ -1,4 +1,4 @@
-"""FlashAttention for packed documents attended in full or causally, where flash-attn is installed.
+"""FlashAttention, where flash-attn is installed: packed documents in full or causally, and blocks on a cache.
 
 Views say so themselves (`View.structure`), because looking at the coordinates would wait for the device.
 """
@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dlm_lightning.attention import dense
 from dlm_lightning.view import View, sees
+
+HALF = torch.bfloat16  # what float32 becomes under autocast
 
 
 @cache
@@ -24,6 +27,16 @@ def kernel() -> Callable | None:
     except ImportError:
         return None
     return flash_attn_varlen_func
+
+
+@cache
+def cached_kernel() -> Callable | None:
+    """flash-attn's kernel for queries on a cache, or None where the package is missing."""
+    try:
+        from flash_attn import flash_attn_with_kvcache
+    except ImportError:
+        return None
+    return flash_attn_with_kvcache
 
 
 @dataclass(frozen=True)
@@ -45,7 +58,7 @@ class Plan:
     ) -> Tensor:
         """Attention of H query heads over G key and value heads, document by document: [B, S, H, D]."""
         B, _, S, _ = q_BHSD.shape
-        half = torch.bfloat16 if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
+        half = HALF if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
         flat = [x.transpose(1, 2).flatten(0, 1).to(half) for x in (q_BHSD, k_BGSD, v_BGSD)]
         runs = (self.starts, self.starts, self.longest, self.longest)
         attend: Any = kernel()
@@ -60,8 +73,7 @@ def plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dty
 
     `dtype` is the network's; float32 without autocast is not given away for speed.
     """
-    half = torch.is_autocast_enabled("cuda") or dtype != torch.float32
-    if view.structure is None or predicate is not sees or not view.ids_BS.is_cuda or not half or kernel() is None:
+    if view.structure not in ("full", "causal") or not _applies(view, predicate, dtype) or kernel() is None:
         return None
     document_BS = view.document_BS
     changes_BS = torch.ones_like(document_BS, dtype=torch.bool)
@@ -69,3 +81,56 @@ def plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dty
     starts = changes_BS.flatten().nonzero().squeeze(1)
     starts = torch.cat([starts, starts.new_tensor([document_BS.numel()])]).int()
     return Plan(starts, int(starts.diff().max()), view.structure == "causal")
+
+
+@dataclass(frozen=True)
+class CachedPlan:
+    """Groups of queries as sequences of their own: the row of the cache that each looks at, and how far (int32).
+
+    Layers with a sliding window go by the mask: the kernel would count a window from where a group ends.
+    """
+
+    row_N: Tensor
+    reach_N: Tensor
+    size: int
+    masked: dense.Plan
+
+    def attend(
+        self,
+        q_BHSD: Tensor,
+        k_BGKD: Tensor,
+        v_BGKD: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of H query heads over G key and value heads of the cache: [B, S, H, D]."""
+        if window is not None:
+            return self.masked.attend(q_BHSD, k_BGKD, v_BGKD, scaling, window, softcap)
+        B, H, S, D = q_BHSD.shape
+        half = HALF if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
+        q_NSHD = q_BHSD.transpose(1, 2).reshape(-1, self.size, H, D).to(half)
+        k_BKGD, v_BKGD = (x.transpose(1, 2).to(half) for x in (k_BGKD, v_BGKD))
+        attend: Any = cached_kernel()
+        places = {"cache_seqlens": self.reach_N, "cache_batch_idx": self.row_N}
+        options = {"softmax_scale": scaling, "causal": False, "softcap": softcap or 0.0}
+        return attend(q_NSHD, k_BKGD, v_BKGD, **places, **options).reshape(B, S, H, D).to(q_BHSD.dtype)
+
+
+def cached_plan(
+    view: View, predicate: Callable[[View, View], Tensor], keys: View, dtype: torch.dtype = torch.float32
+) -> CachedPlan | None:
+    """The groups of a view [B, S] that says it has some, on a cache's slots; None where this kernel does not apply."""
+    size = view.structure
+    if not isinstance(size, int) or not _applies(view, predicate, dtype) or cached_kernel() is None:
+        return None
+    position_BNS = view.position_BS.unflatten(1, (-1, size))
+    B, N = position_BNS.shape[:2]
+    row_N = torch.arange(B, dtype=torch.int32, device=position_BNS.device).repeat_interleave(N)
+    return CachedPlan(row_N, (position_BNS.amax(2) + 1).flatten().int(), size, dense.plan(view, predicate, keys))
+
+
+def _applies(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype) -> bool:
+    """On CUDA, under the family's predicate, in half precision: float32 is not given away for speed."""
+    half = torch.is_autocast_enabled("cuda") or dtype != torch.float32
+    return predicate is sees and view.ids_BS.is_cuda and half

@@ -30,6 +30,7 @@ class Canvas:
         part_size: tokens per part of a block; None for one part, the block.
         mask_id: the id of the mask.
         ahead: whether later blocks are seen, as masks.
+        length: columns; by default as many as the longest document has tokens when it is full.
     """
 
     def __init__(
@@ -41,10 +42,11 @@ class Canvas:
         mask_id: int,
         ahead: bool,
         device: torch.device,
+        length: int | None = None,
     ) -> None:
         self.block_size, self.part_size, self.mask_id, self.ahead = block_size, part_size, mask_id, ahead
         prompt_B = torch.tensor([len(prompt) for prompt in prompts])
-        ids_BL = torch.full((len(prompts), int(prompt_B.max()) + new_tokens), mask_id)
+        ids_BL = torch.full((len(prompts), length or int(prompt_B.max()) + new_tokens), mask_id)
         for row, prompt in enumerate(prompts):
             ids_BL[row, : len(prompt)] = torch.tensor(prompt)
         self.ids_BL, self.prompt_B = ids_BL.to(device), prompt_B.to(device)

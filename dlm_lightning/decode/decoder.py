@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -19,6 +20,9 @@ from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.scorer import SCORERS
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.view import sees
+
+SLOTS = 64  # of which a static cache has a multiple
+GRAPHS = 64  # that a compiled network may have, for its widths and batches
 
 
 @dataclass(frozen=True)
@@ -85,13 +89,15 @@ def decode(
     watch: Callable[[Canvas], None] | None = None,
     first: int = 0,
     eos_ids: Collection[int | None] = (),
+    static: bool | None = None,
 ) -> Decoded:
     """Continue prompts of any lengths, a row each; what comes of one does not depend on the others.
 
     `text` turns token ids into text, for stop strings. `watch` is called after each forward. `first` is the first row's
-    number, by which it draws tokens. `eos_ids` end a text beside those that the network's configs name. Raises
-    ValueError for a prompt that is empty, begins with the mask, has unknown tokens or does not fit into the model's
-    positions, and for a plan that the model's pattern cannot follow.
+    number, by which it draws tokens. `eos_ids` end a text beside those that the network's configs name. `static` fills
+    up what a forward is given so that few shapes occur, by default on a GPU; tokens are the same. Raises ValueError for
+    a prompt that is empty, begins with the mask, has unknown tokens or does not fit into the model's positions, and for
+    a plan that the model's pattern cannot follow.
     """
     began = time.perf_counter()
     plan.check(denoiser)
@@ -101,6 +107,9 @@ def decode(
     pattern = plan.pattern(denoiser.pattern)
     ahead = pattern.block_size is None
     device = next(denoiser.parameters()).device
+    static = device.type == "cuda" if static is None else static
+    L = max(len(prompt) for prompt in prompts) + plan.stopper.new_tokens if prompts else 0
+    L = -(-L // SLOTS) * SLOTS if static else L
     canvas = Canvas(
         prompts,
         plan.stopper.new_tokens,
@@ -109,10 +118,11 @@ def decode(
         denoiser.mask_id,
         ahead,
         device,
+        L,
     )
     ends_with, shifted, score = _eos_ids(denoiser, eos_ids), denoiser.shift != "none", SCORERS[plan.scorer]
-    L = canvas.ids_BL.shape[1]
-    cache = Cache(L)
+    cache = Cache(L, static)
+    whole = pattern.block_size if static and plan.cache.whole_blocks and pattern.context_rank == "block" else None
     rows: dict[int, Row] = {}
     forwards, shown, seen = ([0] * len(prompts) for _ in range(3))
     while True:
@@ -135,8 +145,9 @@ def decode(
             forwards[number] += 1
             shown[number] += passed
             seen[number] += reach
-        column_BS = _columns(shown_BL)
+        column_BS = _columns(shown_BL, whole or 1)
         view = pattern.continuation(canvas.ids_BL.gather(1, column_BS), column_BS, canvas.start_B[:, None])
+        view = replace(view, structure=whole)
         canvas.show(shown_BL)
 
         index_N = candidates_BL.flatten().nonzero().squeeze(1)
@@ -158,11 +169,18 @@ def decode(
             watch(canvas)
 
 
-def _columns(shown_BL: Tensor) -> Tensor:
-    """The positions shown, int64 [B, S]; rows of fewer repeat their last."""
+def compiled(denoiser: Denoiser, **options: Any) -> Denoiser:
+    """The Denoiser with its network compiled in place by `torch.compile` and its options; tokens are the same."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    denoiser.network.base_model.compile(**options)
+    return denoiser
+
+
+def _columns(shown_BL: Tensor, size: int) -> Tensor:
+    """The positions shown, int64 [B, S], S a multiple of `size`; rows of fewer repeat their last."""
     count_B = shown_BL.sum(1)
     order_BL = (~shown_BL).long().argsort(dim=1, stable=True)
-    place_S = torch.arange(int(count_B.max()), device=shown_BL.device)
+    place_S = torch.arange(-(-int(count_B.max()) // size) * size, device=shown_BL.device)
     return order_BL.gather(1, torch.minimum(place_S, count_B[:, None] - 1))
 
 

@@ -6,6 +6,7 @@ Shapes: B rows, L tokens of a row.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -16,7 +17,12 @@ from dlm_lightning.view import AUTOREGRESSIVE, Pattern, sees
 
 
 class Reuse:
-    """Which tokens a forward shows."""
+    """Which tokens a forward shows.
+
+    whole_blocks: whether these are whole blocks, so that each sees all slots up to the end of its own.
+    """
+
+    whole_blocks: ClassVar[bool] = False
 
     def check(self, denoiser: Denoiser, pattern: Pattern) -> None:
         """Raise ValueError, naming the reason, for a model that cannot be decoded so."""
@@ -48,6 +54,8 @@ class Prefix(Reuse):
     The forward that keeps a full block is the first one of the block after it.
     """
 
+    whole_blocks = True
+
     def check(self, denoiser: Denoiser, pattern: Pattern) -> None:
         if pattern.block_size is None:
             raise ValueError("the prefix cache needs blocks, and this model has none: every token sees every other")
@@ -63,6 +71,8 @@ class SubBlock(Prefix):
 
     The whole block is shown when it begins, and as long as the first token of a part is a mask.
     """
+
+    whole_blocks = False
 
     def shown(self, canvas: Canvas, candidates_BL: Tensor, shifted: bool) -> Tensor:
         shown_BL = super().shown(canvas, candidates_BL, shifted)

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from dlm_lightning.decode.decoder import decode
+from dlm_lightning import attention
+from dlm_lightning.attention import flash
+from dlm_lightning.decode.decoder import compiled, decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.reuse import Causal, Delayed, Greedy, Nothing, Prefix, Reuse, SubBlock, exact
 from dlm_lightning.decode.sampling import Sampling
@@ -266,9 +269,7 @@ def test_a_network_that_has_become_nan_does_not_hang(make_denoiser):
 # Batches
 
 
-@by_pattern
-@by_shift
-@pytest.mark.parametrize(
+by_parts = pytest.mark.parametrize(
     "parts",
     [
         {"selector": Threshold(0.2)},
@@ -282,11 +283,21 @@ def test_a_network_that_has_become_nan_does_not_hang(make_denoiser):
     ],
     ids=str,
 )
+
+
+def suited(denoiser, parts) -> Plan:
+    """A plan of these parts with the exact cache that a model allows; without blocks there are no parts of them."""
+    if isinstance(parts.get("cache"), SubBlock) and not denoiser.pattern.block_size:
+        parts = parts | {"cache": Delayed(2)}
+    return plan(10, **({"cache": exact(denoiser)} | parts))
+
+
+@by_pattern
+@by_shift
+@by_parts
 def test_a_batch_is_its_rows_one_by_one(make_denoiser, pattern, shift, parts):
     denoiser = make_denoiser(shift=shift, pattern=pattern)
-    if isinstance(parts.get("cache"), SubBlock) and not pattern.block_size:
-        parts = parts | {"cache": Delayed(2)}
-    how = plan(10, **({"cache": exact(denoiser)} | parts))
+    how = suited(denoiser, parts)
     together = decode(denoiser, PROMPTS, how).rows
     for number, prompt in enumerate(PROMPTS):
         alone = decode(denoiser, [prompt], how, first=number).rows[0]
@@ -303,6 +314,84 @@ def test_rows_that_end_leave_the_batch(make_denoiser):
     hook.remove()
     assert [row.forwards for row in decoded.rows] == alone and len(set(alone)) > 1
     assert sizes == [sum(n > step for n in alone) for step in range(max(alone))]
+
+
+# Shapes and backends
+
+
+@by_pattern
+@by_shift
+@by_parts
+def test_static_shapes_change_no_token(make_denoiser, pattern, shift, parts):
+    denoiser = make_denoiser(shift=shift, pattern=pattern)
+    how = suited(denoiser, parts)
+    assert decode(denoiser, PROMPTS, how, static=True).rows == decode(denoiser, PROMPTS, how, static=False).rows
+
+
+@pytest.mark.parametrize(("shift", "width"), [("none", 8), ("next_token", 8)])
+def test_with_static_shapes_a_forward_shows_whole_blocks_and_looks_at_all_slots(make_denoiser, shift, width):
+    denoiser = make_denoiser(shift=shift, pattern=PATTERNS["clean"])
+    seen = set()
+    layer = denoiser.network.model.layers[0].self_attn
+
+    def note(_, args, options):
+        view, keys = options["attention_plan"].view, options["attention_plan"].keys
+        seen.add((view.ids_BS.shape[1], keys.ids_BS.shape[1]))
+
+    hook = layer.register_forward_pre_hook(note, with_kwargs=True)
+    for length in range(3, 12):
+        decode(denoiser, [[7] * length], plan(30, 0.05, Prefix()), static=True)
+    hook.remove()
+    assert seen == {(4, 64), (width, 64), (12, 64)}  # a block, two of them, and the longest prompts' three
+
+
+@pytest.mark.parametrize("parts", [{}, {"cache": SubBlock(), "part_size": 2}, {"cache": Delayed(3)}], ids=str)
+def test_a_compiled_network_decodes_the_same_tokens(make_denoiser, parts):
+    """By the tracer alone, which needs no C compiler; what is generated of the graphs is torch's own to test."""
+    denoiser = make_denoiser(shift="none", pattern=PATTERNS["clean"])
+    how = plan(10, 0.2, **({"cache": Prefix()} | parts))
+    expected = [decode(denoiser, [prompt], how).rows for prompt in PROMPTS]
+    torch._dynamo.reset()
+    compiled(denoiser, backend="eager", fullgraph=True)
+    assert [decode(denoiser, [prompt], how).rows for prompt in PROMPTS] == expected
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > 0
+
+
+def on_cache(q_NSHD, k_BKGD, v_BKGD, cache_seqlens, cache_batch_idx, softmax_scale, causal, softcap):
+    """What flash-attn documents of `flash_attn_with_kvcache` without new keys, sequence by sequence."""
+    assert cache_seqlens.dtype == cache_batch_idx.dtype == torch.int32 and not causal and not softcap
+    out = []
+    for q_SHD, reach, row in zip(q_NSHD, cache_seqlens.tolist(), cache_batch_idx.tolist(), strict=True):
+        share = q_SHD.shape[1] // k_BKGD.shape[2]
+        k_KHD, v_KHD = (x[row, :reach].float().repeat_interleave(share, 1) for x in (k_BKGD, v_BKGD))
+        weights_HSK = (softmax_scale * torch.einsum("shd,khd->hsk", q_SHD.float(), k_KHD)).softmax(2)
+        out.append(torch.einsum("hsk,khd->shd", weights_HSK, v_KHD))
+    return torch.stack(out)
+
+
+@by_shift
+@pytest.mark.parametrize("pattern", [PATTERNS["clean"], PATTERNS["noisy"]], ids=["clean", "noisy"])
+def test_blocks_by_flash_attention_on_the_cache_decode_the_same_tokens(make_denoiser, monkeypatch, pattern, shift):
+    """The kernel is emulated and keeps float32, so that a difference is one of what it is told to look at."""
+    denoiser = make_denoiser(shift=shift, pattern=pattern)
+    how = plan(10, 0.2, Prefix())
+    expected = decode(denoiser, PROMPTS, how, static=True).rows
+    plans = []
+
+    def planned(*args):
+        plans.append(made := flash.cached_plan(*args))
+        return made
+
+    monkeypatch.setattr(flash, "_applies", lambda *_: True)
+    monkeypatch.setattr(flash, "HALF", torch.float32)
+    monkeypatch.setattr(flash, "cached_kernel", lambda: on_cache)
+    monkeypatch.setattr(attention, "flash", SimpleNamespace(plan=lambda *_: None, cached_plan=planned))
+    assert decode(denoiser, PROMPTS, how, static=True).rows == expected
+    assert plans and None not in plans
+    for others in (plan(10, 0.2, SubBlock(), part_size=2), plan(10, 0.2, Delayed()), plan(10, 0.2)):
+        plans.clear()
+        decode(denoiser, PROMPTS, others, static=True)
+        assert set(plans) <= {None}  # what they show is not whole blocks
 
 
 # Bad input
