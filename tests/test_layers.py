@@ -138,7 +138,7 @@ MADE_UP = [
     ("dlm_lightning/data/rows.py", "from dlm_lightning.data.stream import collate", "sibling"),
     ("dlm_lightning/data/text_files.py", "from dlm_lightning.data.exact_answers import ExactAnswers", "sibling"),
     ("dlm_lightning/data/mine.py", "from dlm_lightning.module import Recipe", "beside or above"),
-    ("dlm_lightning/attention/flash.py", "from dlm_lightning.attention import dense", "sibling"),
+    ("dlm_lightning/attention/dense.py", "from dlm_lightning.attention import flash", "sibling"),
     ("dlm_lightning/mine.py", "", "no layer"),
     ("dlm_lightning/mine/thing.py", "", "no layer"),
     ("dlm_lightning/summary.py", "from dlm_lightning.mine import thing", "no layer"),
