@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
@@ -17,6 +18,7 @@ from dlm_lightning.training import restore
 FIGURES = re.compile(
     r"^[\d,]+ tokens in [\d,]+ forwards, [\d.]+ per forward; [\d.,]+ per second; \d+% of what was seen "
 )
+DOCUMENT = Path(__file__).parents[1] / "docs" / "decoding.md"
 SHORT = "stopper.new_tokens=7"
 
 
@@ -74,6 +76,13 @@ def test_a_stop_string_is_cut_off(finished, typed, tmp_path):
     stop = json.dumps(text[2:4])
     said = typed("generate", "done", "--prompt", "the quick", SHORT, f"stopper.strings=[{stop}]", cwd=tmp_path)
     assert (said.code, said.out) == (0, f"the quick{text[: text.index(text[2:4])]}\n")
+
+
+def test_the_documents_example_runs(finished, capsys):
+    [example] = re.findall(r"```python\n(.*?)```", DOCUMENT.read_text(), re.DOTALL)
+    exec(example.replace("runs/block_causal/1", str(finished)).replace("Stopper(64)", "Stopper(7)"), {})
+    *new_ids, per_forward = re.findall(r"[\d.]+", capsys.readouterr().out)
+    assert len(new_ids) <= 7 and float(per_forward) > 0
 
 
 def test_without_a_compiler_compile_is_refused(finished, refused, tmp_path, monkeypatch):

@@ -15,14 +15,20 @@ class Answers(TokenData):
         tail: what fills a document's last block: `eos`, end-of-text tokens that are scored, which teach a model to
             end inside a block; `mask`, mask tokens that are seen and not scored (Fast-dLLM v2); `none`, nothing. In any
             case one end-of-text token follows an answer that does not end with it.
+        multiple: fill a document up to a multiple of this many tokens; null takes the model's block size, and fills
+            nothing for a model without blocks.
         **options: see `TokenData`.
     """
 
     splits_documents = False
 
-    def __init__(self, tail: Literal["eos", "mask", "none"] = "eos", **options: Any) -> None:
+    def __init__(
+        self, tail: Literal["eos", "mask", "none"] = "eos", multiple: int | None = None, **options: Any
+    ) -> None:
         super().__init__(**options)
-        self.tail = tail
+        if multiple is not None and multiple < 1:
+            raise ValueError(f"data.multiple must be at least 1 or null, not {multiple}")
+        self.tail, self.multiple = tail, multiple
 
     @property
     def ending(self) -> str:
@@ -44,8 +50,11 @@ class Answers(TokenData):
 
     @property
     def _block(self) -> int:
-        """What a filled document's length is a multiple of: the finished model's block size, or 1."""
-        return 1 if self.tail == "none" else self.trainer.lightning_module.pattern.block_size or 1
+        """What a filled document's length is a multiple of; 1 fills nothing."""
+        block_size = self.trainer.lightning_module.pattern.block_size or 1
+        if self.multiple and self.multiple % block_size:
+            raise ValueError(f"data.multiple must be a multiple of model.block_size, {block_size}, not {self.multiple}")
+        return 1 if self.tail == "none" else self.multiple or block_size
 
     @property
     def _fill_id(self) -> int:

@@ -90,6 +90,12 @@ def test_answers_have_all_lengths_asked_for_and_no_other(shortest, longest):
     assert set(lengths) == set(range(shortest, longest + 1))
 
 
+def test_a_multiple_that_blocks_do_not_divide_is_refused(ready, tmp_path):
+    data = ExactAnswers(samples=50, vocab_size=300, row_length=75, multiple=5, cache_dir=str(tmp_path))
+    with pytest.raises(ValueError, match=r"^data.multiple must be a multiple of model.block_size, 4, not 5$"):
+        ready(data, tokenizer=None)
+
+
 def test_more_prompts_than_there_are_end_with_a_sentence():
     data = ExactAnswers(tasks=["close"], shortest=1, longest=2, samples=100)
     with pytest.raises(ValueError, match=r"^data.samples: hardly more than 20 distinct prompts can be asked$"):
@@ -100,6 +106,7 @@ def test_more_prompts_than_there_are_end_with_a_sentence():
     ("option", "said"),
     [
         ({"samples": 9}, "data.samples must be at least 10, not 9"),
+        ({"multiple": 0}, "data.multiple must be at least 1 or null, not 0"),
         ({"shortest": 0}, r"data.shortest must lie between 1 and data.longest \(10\), not 0"),
         ({"shortest": 5, "longest": 4}, r"data.shortest must lie between 1 and data.longest \(4\), not 5"),
     ],
@@ -130,9 +137,11 @@ def test_in_the_rows_exactly_the_answers_are_maskable_and_no_document_is_split(r
     assert decoded == [(prompt.text, f"{answer.text}<|endoftext|>") for prompt, answer in data.texts("train")]
 
 
-def test_the_last_block_is_filled_unless_the_row_ends_before(ready, tmp_path):
-    data = ExactAnswers(samples=50, vocab_size=300, row_length=45, cache_dir=str(tmp_path))
-    block_size = ready(data, tokenizer=None).trainer.lightning_module.pattern.block_size
+@pytest.mark.parametrize("multiple", [None, 32])
+def test_the_last_block_is_filled_unless_the_row_ends_before(ready, tmp_path, multiple):
+    data = ExactAnswers(samples=50, vocab_size=300, row_length=75, multiple=multiple, cache_dir=str(tmp_path))
+    block_size = multiple or ready(data, tokenizer=None).trainer.lightning_module.pattern.block_size
+    ready(data, tokenizer=None)
     fills = Counter()
     for row in data.rows["train"]:
         for document in range(row["document"].max() + 1):
