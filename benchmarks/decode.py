@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +115,7 @@ def prompts(data: dict[str, Any], tokenizer: Any, per_task: int) -> list[Prompt]
         of_task = found[task := prompt.text.split()[0]]
         if len(of_task) < per_task:
             ids = tokenizer(prompt.text, add_special_tokens=False)["input_ids"]
-            of_task.append(Prompt(task, ids, answer.text.strip()))
+            of_task.append(Prompt(task, ids, answer.text))
     return [prompt for turn in zip(*found.values(), strict=True) for prompt in turn]
 
 
@@ -273,7 +274,8 @@ def matches(arm: dict[str, Any], tasks: list[str], task: str) -> float:
 def ratios(arm: dict[str, Any], baseline: dict[str, Any]) -> list[float]:
     """Tokens per second against the baseline's, in each part of the prompts."""
     count = len(arm["seconds"])
-    parts = [range(part, count, PARTS) for part in range(min(PARTS, count))]
+    edges = [count * part // PARTS for part in range(PARTS + 1)]
+    parts = [range(first, last) for first, last in pairwise(edges) if first < last]
     return [rate(arm, part) / rate(baseline, part) for part in parts]
 
 

@@ -278,10 +278,14 @@ def by_name(state: dict[str, Any], names: list[list[str]]) -> dict[str, Any]:
     }
 
 
-def load_weights(recipe: L.LightningModule, path: Path) -> dict[str, Any]:
-    """Load a checkpoint's weights into a recipe whose model is built; returns what else the checkpoint says."""
+def load_weights(recipe: Any, path: Path) -> dict[str, Any]:
+    """Load a checkpoint's weights into a recipe whose model is built; returns what else the checkpoint says.
+
+    Raises ValueError, naming the difference, if the weights are to be read otherwise than the recipe says.
+    """
     state = path / STATE
     content = load(state)
+    agree(content[FACTS], recipe.reading())
     if state.is_dir():
         weights = {"state_dict": recipe.state_dict()}
         dcp.load(weights, checkpoint_id=str(state))
@@ -303,6 +307,15 @@ class ElasticIO(CheckpointIO):
 
     def remove_checkpoint(self, path: Any) -> None:
         os.remove(path)
+
+
+def agree(stated: dict[str, Any], wanted: dict[str, Any]) -> None:
+    """ValueError, naming it, if a checkpoint states another value of a fact than is wanted, or none."""
+    for name, mine in wanted.items():
+        if name not in stated:
+            raise ValueError(f"the checkpoint does not state {name}, this run has {mine}")
+        if stated[name] != mine:
+            raise ValueError(f"the checkpoint was made with {name} {stated[name]}, this run has {mine}")
 
 
 def rewind(content: dict[str, Any], accumulate: int) -> None:

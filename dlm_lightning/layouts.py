@@ -78,6 +78,9 @@ def stated(folder: Path) -> Diffusion | None:
     """How the folder's diffusion model was trained; None for a model that says nothing of diffusion."""
     values = _values(folder)
     if own := values.get(KEY):
+        for name in ("shift", "block_size", "mask_id"):
+            if name not in own:
+                raise ValueError(f"model.source: {folder / 'config.json'} states a diffusion model without its {name}")
         return Diffusion(own["shift"], own["block_size"], own["mask_id"])
     if layout := LAYOUTS.get(values.get("model_type", "")):
         block_size = values.get(layout.block_size_key) if layout.block_size_key else None

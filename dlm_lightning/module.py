@@ -17,7 +17,7 @@ from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
 from dlm_lightning import nonfinite
-from dlm_lightning.checkpoint import FACTS, rewind
+from dlm_lightning.checkpoint import FACTS, agree, rewind
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise
@@ -212,18 +212,24 @@ class Recipe(Conversion):
 
     # Checkpoints
 
-    def facts(self) -> dict[str, Any]:
-        """What a checkpoint states about itself: decoding reads it, and a continued run must agree with it."""
+    def reading(self) -> dict[str, Any]:
+        """The facts by which weights are read, in decoding too."""
         pattern = self.pattern
-        options = ("first_token", "ar_weight", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas")
         return {
-            "recipe": f"{type(self).__module__}.{type(self).__qualname__}",
-            "model.source": self.source.fingerprint() if self.source else None,
             "model.block_size": pattern.block_size,
             "model.context": pattern.context,
             "model.context_rank": pattern.context_rank,
             "model.shift": self.shift,
             "model.mask_id": self.mask_id,
+        }
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint states about itself: a continued run must agree with it."""
+        options = ("first_token", "ar_weight", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas")
+        return {
+            "recipe": f"{type(self).__module__}.{type(self).__qualname__}",
+            "model.source": self.source.fingerprint() if self.source else None,
+            **self.reading(),
             **{f"model.{name}": getattr(self, name) for name in options},
             **{f"model.noise.{name}": value for name, value in asdict(self.noise).items()},
             **{f"model.lr_scale.{name}": value for name, value in asdict(self.lr_scale).items()},
@@ -240,10 +246,7 @@ class Recipe(Conversion):
         """Refuse a checkpoint of another recipe, source, batch …, naming the difference; or go on where it stood."""
         if FACTS not in checkpoint:
             raise ValueError("this checkpoint was not written by dlm_lightning")
-        for name, mine in self.facts().items():
-            theirs = checkpoint[FACTS].get(name)
-            if theirs != mine:
-                raise ValueError(f"the checkpoint was made with {name} {theirs}, this run has {mine}")
+        agree(checkpoint[FACTS], self.facts())
         if self.trainer.state.fn == "fit" and checkpoint["global_step"] >= self.trainer.max_steps:
             raise ValueError(f"the checkpoint is finished: it has made all of its {checkpoint['global_step']} steps")
         rewind(checkpoint, self.trainer.accumulate_grad_batches)

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from dlm_lightning.catalog import plans
+from dlm_lightning.checkpoint import agree
 from dlm_lightning.decode.decoder import decode
 from dlm_lightning.generate import read
 from dlm_lightning.training import restore
@@ -76,6 +77,28 @@ def test_a_stop_string_is_cut_off(finished, typed, tmp_path):
     stop = json.dumps(text[2:4])
     said = typed("generate", "done", "--prompt", "the quick", SHORT, f"stopper.strings=[{stop}]", cwd=tmp_path)
     assert (said.code, said.out) == (0, f"the quick{text[: text.index(text[2:4])]}\n")
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("shift", "next_token", "the checkpoint was made with model.shift none, this run has next_token"),
+        ("mask_token", 5, "the checkpoint was made with model.mask_id"),
+        ("block_size", 4, "the checkpoint was made with model.block_size"),
+    ],
+)
+def test_weights_are_not_read_otherwise_than_they_were_trained(finished, refused, tmp_path, key, value, message):
+    run = shutil.copytree(finished, tmp_path / "edited")
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    config["model"]["init_args"][key] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(config))
+    assert message in refused("generate", str(run), "--prompt", "the quick", cwd=tmp_path)
+
+
+def test_a_checkpoint_without_its_mask_id_is_refused(finished):
+    _, recipe, _ = restore(str(finished))
+    with pytest.raises(ValueError, match=r"^the checkpoint does not state model.mask_id, this run has \d+$"):
+        agree({name: fact for name, fact in recipe.reading().items() if name != "model.mask_id"}, recipe.reading())
 
 
 def test_the_documents_example_runs(finished, capsys):

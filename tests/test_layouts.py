@@ -128,3 +128,11 @@ def test_a_shift_or_a_mask_token_that_the_source_was_not_trained_with_is_refused
 def test_a_mask_token_beyond_the_embedding_is_refused(published):
     with pytest.raises(ValueError, match=r"model.mask_token: id 151669 is outside the vocabulary of 300 rows"):
         BlockCausal(source=str(published("sdar"))).configure_model()
+
+
+def test_a_model_of_ours_that_lacks_its_mask_id_is_refused(source_folder, tmp_path):
+    folder = shutil.copytree(source_folder("qwen3"), tmp_path / "ours")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"dlm": {"shift": "none", "block_size": 4}}))
+    with pytest.raises(ValueError, match=r"ours/config.json states a diffusion model without its mask_id$"):
+        _ = Source(str(folder)).diffusion
