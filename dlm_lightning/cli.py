@@ -195,7 +195,9 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the plan, such as selector.threshold=0.8")
     args = parser.parse_intermixed_args(argv)
     if not args.jsonl and not args.prompt:
-        args.prompt = [Path(args.file).expanduser().read_text(encoding="utf-8") if args.file else sys.stdin.read()]
+        from dlm_lightning.generate import text_of
+
+        args.prompt = [text_of(args.file or "-")]
     from dlm_lightning.generate import generate
 
     prompts, places = args.prompt or [], (args.jsonl, args.out)

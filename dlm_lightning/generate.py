@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 import torch
 import yaml
@@ -21,10 +22,12 @@ from torch._dynamo.exc import TorchDynamoException
 from dlm_lightning import runs
 from dlm_lightning.catalog import nearest, plans
 from dlm_lightning.data import conversations
+from dlm_lightning.data.records import Malformed
 from dlm_lightning.decode.canvas import Canvas
 from dlm_lightning.decode.decoder import Decoded, check_prompts, compiled, decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.denoiser import Denoiser
+from dlm_lightning.errors import check_plan_nulls
 from dlm_lightning.module import Recipe
 from dlm_lightning.training import quiet, restore
 from dlm_lightning.view import AUTOREGRESSIVE
@@ -51,11 +54,17 @@ def generate(
     for input that cannot be decoded, before anything is.
     """
     quiet()
+    logging.getLogger("dlm_lightning").handlers = [logging.StreamHandler()]  # stdout is for the text alone
     if batch < 1:
         raise ValueError(f"--batch must be at least 1, not {batch}")
     records = list(_records(jsonl)) if jsonl else [{"prompt": prompt} for prompt in prompts]
-    if out and Path(out).exists():
+    if not records:
+        raise ValueError(f"{jsonl} holds no prompts")
+    place = Path(out).expanduser() if out else None
+    if place and place.exists():
         raise FileExistsError(f"{out} is there already; name a new file by --out")
+    if place and not place.parent.is_dir():
+        raise FileNotFoundError(f"--out {out}: there is no folder {place.parent}")
     chosen = read(plan, overrides) if plan else None
     folder, recipe, _ = restore(run)
     tokenizer = recipe.tokenizer
@@ -73,7 +82,7 @@ def generate(
         compiled(denoiser)
     ids = [_tokens(tokenizer, record, template if chat or "messages" in record else None) for record in records]
     check_prompts(denoiser, ids, chosen.stopper.new_tokens)  # of all batches, before the first is written
-    with open(out, "w", encoding="utf-8") if out else nullcontext(sys.stdout) as file:
+    with _new(place) if place else nullcontext(sys.stdout) as file:
         for first in range(0, len(ids), batch):
             with _live(recipe, ids[first : first + batch]) as watch:
                 options: dict[str, Any] = {"text": tokenizer.decode, "watch": watch, "first": first}
@@ -87,13 +96,27 @@ def generate(
                 new = chosen.stopper.cut(tokenizer.decode(row.new_ids, skip_special_tokens=True))
                 if jsonl:
                     file.write(
-                        json.dumps({**record, "text": new, "tokens": len(row.new_ids), "forwards": row.forwards})
+                        json.dumps(
+                            {**record, "text": new, "tokens": len(row.new_ids), "forwards": row.forwards},
+                            ensure_ascii=place is None,
+                        )
                     )
                     file.write("\n")
                 else:
                     file.write(f"{record['prompt']}{new}\n" if not chat else f"{new}\n")
             file.flush()
             print(figures(decoded), file=sys.stderr)
+
+
+@contextmanager
+def _new(place: Path) -> Iterator[TextIO]:
+    """A file that is not there yet; it is taken away again if nothing was written to it."""
+    with place.open("x", encoding="utf-8") as file:
+        try:
+            yield file
+        finally:
+            if not file.tell():
+                place.unlink()
 
 
 def figures(decoded: Decoded) -> str:
@@ -121,28 +144,41 @@ def read(name: str, overrides: Sequence[str]) -> Plan:
         path = known[name]
     else:
         raise FileNotFoundError(f"there is no plan {name}{nearest(name, known) or ';'} `dlm list` shows all")
+    known_keys = [field.name for field in fields(Plan)]
+    for word in overrides:
+        key, equals, _ = word.partition("=")
+        if not equals or key.rstrip("+").split(".")[0] not in known_keys:
+            raise ValueError(
+                f"there is no key {key} of a plan{nearest(key.split('.')[0], known_keys)}; write key=value"
+            )
+    try:
+        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}") from error
+    if not isinstance(keys, dict):
+        raise ValueError(f"{path} is no plan: a plan is keys and values")
     parser = ArgumentParser(parser_mode="omegaconf+", exit_on_error=False, prog="dlm generate")
     parser.add_class_arguments(Plan, None)
     parser.add_argument("--config", action="config")
-    words = [word if word.startswith("-") else f"--{word}" for word in overrides]
-    config = parser.instantiate(parser.parse_args([f"--config={path}", *words]))
-    return Plan(**{field.name: config[field.name] for field in fields(Plan)})
+    config = parser.parse_args([f"--config={path}", *(f"--{word}" for word in overrides)])
+    check_plan_nulls(config)
+    config = parser.instantiate(config)
+    return Plan(**{key: config[key] for key in known_keys})
 
 
 def _device(name: str | None) -> torch.device:
     """A device by name, by default a GPU where there is one."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:
+        torch.empty(1, device=device).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
         raise ValueError(f"--device {name}: there is no such device here") from error
     return device
 
 
 def _records(path: str) -> Iterator[dict[str, Any]]:
     """The lines of a JSONL file; `-` is stdin."""
-    text = sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8")
-    for number, line in enumerate(text.splitlines(), 1):
+    for number, line in enumerate(text_of(path).split("\n"), 1):
         if not line.strip():
             continue
         try:
@@ -151,13 +187,30 @@ def _records(path: str) -> Iterator[dict[str, Any]]:
             raise ValueError(f"{path}: line {number} is not JSON: {error}") from error
         if not isinstance(record, dict) or not ({"prompt", "messages"} & record.keys()):
             raise ValueError(f"{path}: line {number} has neither a prompt nor messages")
-        if not isinstance(record.get("prompt", ""), str) or not isinstance(record.get("messages", []), list):
-            raise ValueError(f"{path}: line {number}: a prompt is a text, messages are a list")
+        if not isinstance(record.get("prompt", ""), str):
+            raise ValueError(f"{path}: line {number}: a prompt is a text")
+        if "messages" in record:
+            try:
+                record["messages"] = conversations.messages({"messages": record["messages"]}, "prompt", "response")
+            except Malformed as error:
+                raise ValueError(f"{path}: line {number} {error}") from error
         yield record
+
+
+def text_of(path: str) -> str:
+    """A file's text; `-` is stdin. ValueError if it is no UTF-8."""
+    try:
+        return sys.stdin.read() if path == "-" else Path(path).expanduser().read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{'stdin' if path == '-' else path} is not a text in UTF-8") from error
 
 
 def _tokens(tokenizer: Any, record: dict[str, Any], template: str | None) -> list[int]:
     """A record's tokens, as an answer's prompt if there is a template."""
+    try:
+        json.dumps(record, ensure_ascii=False).encode()
+    except UnicodeEncodeError as error:
+        raise ValueError("a prompt holds what is no character: half of a surrogate pair") from error
     if template is None:
         return tokenizer(record["prompt"], add_special_tokens=False)["input_ids"]
     messages = record.get("messages") or [{"role": "user", "content": record["prompt"]}]

@@ -95,6 +95,40 @@ def test_weights_are_not_read_otherwise_than_they_were_trained(finished, refused
     assert message in refused("generate", str(run), "--prompt", "the quick", cwd=tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "is no plan: a plan is keys and values"),
+        ("[1, 2]", "is no plan: a plan is keys and values"),
+        ("a: [", "is not YAML"),
+        ("selector: null", "selector must not be null"),
+        ("stopper: {new_tokens: null}", "stopper.new_tokens must not be null"),
+        ("sampling: null", "sampling must not be null"),
+        ("selector: {class_path: dlm_lightning.decode.selector.Selector}", "Selector"),
+    ],
+)
+def test_what_is_no_plan_is_refused(tmp_path, text, message):
+    (tmp_path / "mine.yaml").write_text(text)
+    with pytest.raises(Exception, match=message):  # jsonargparse has errors of its own
+        read(str(tmp_path / "mine.yaml"), [])
+
+
+def test_out_is_left_behind_only_with_something_in_it(finished, refused, typed, tmp_path, monkeypatch):
+    words = ["generate", "done", "--prompt", "the quick", SHORT, "--out", "new.txt"]
+    with monkeypatch.context() as patch:
+        patch.setattr("dlm_lightning.generate.decode", lambda *_, **__: pytest.fail("decoding failed"))
+        with pytest.raises(pytest.fail.Exception):
+            typed(*words, cwd=tmp_path)
+    assert not (tmp_path / "new.txt").exists()
+    assert typed(*words, cwd=tmp_path).code == 0 and (tmp_path / "new.txt").read_text()
+
+
+def test_a_line_ends_where_json_lines_do(finished, typed, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "the\u2028quick"}\n\n', encoding="utf-8")
+    said = typed("generate", "done", "--jsonl", "prompts.jsonl", SHORT, cwd=tmp_path)
+    assert said.code == 0 and [json.loads(line)["prompt"] for line in said.out.splitlines()] == ["the\u2028quick"]
+
+
 def test_a_checkpoint_without_its_mask_id_is_refused(finished):
     _, recipe, _ = restore(str(finished))
     with pytest.raises(ValueError, match=r"^the checkpoint does not state model.mask_id, this run has \d+$"):
@@ -141,6 +175,18 @@ def test_a_compiled_network_continues_the_same(finished, typed, tmp_path):
         (["--prompt", "a", "--chat"], "the run has no chat template"),
         (["--prompt", "a", "--device", "nowhere"], "--device nowhere"),
         (["--file", "missing"], "missing"),
+        (["--prompt", "a\ud800b"], "a prompt holds what is no character"),
+        (["--prompt", "a", "--device", "meta"], "--device meta: there is no such device here"),
+        (["--prompt", "a", "--device", "hpu"], "--device hpu: there is no such device here"),
+        (["--prompt", "a", "--out", "nowhere/x"], "--out nowhere/x: there is no folder nowhere"),
+        (["--prompt", "a", "help"], "there is no key help of a plan; write key=value"),
+        (["--prompt", "a", "config=x.yaml"], "there is no key config of a plan"),
+        (
+            ["--prompt", "a", "stoper.new_tokens=3"],
+            "there is no key stoper.new_tokens of a plan; did you mean stopper?",
+        ),
+        (["--prompt", "a", "selector.threshold=null"], "selector.threshold must not be null"),
+        (["--prompt", "a", "sampling.seed=-1"], "seed must lie in [0, 2**64), not -1"),
         (["--jsonl", "missing"], "missing"),
     ],
 )

@@ -38,7 +38,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "reuse": {"canvas"},
         "selector": {"canvas"},
         "stopper": {"canvas"},
-        "plan": {"reuse", "sampling", "selector", "stopper"},
+        "plan": {"reuse", "sampling", "scorer", "selector", "stopper"},
         "decoder": {"canvas", "plan", "scorer"},
     },
     "data": {

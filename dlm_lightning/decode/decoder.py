@@ -101,6 +101,8 @@ def decode(
     """
     began = time.perf_counter()
     plan.check(denoiser)
+    if not prompts:
+        return Decoded([], 0.0)
     if plan.stopper.strings and text is None:
         raise ValueError("stop strings need the tokenizer, to know the text of tokens")
     check_prompts(denoiser, prompts, plan.stopper.new_tokens)
@@ -108,7 +110,7 @@ def decode(
     ahead = pattern.block_size is None
     device = next(denoiser.parameters()).device
     static = device.type == "cuda" if static is None else static
-    L = max(len(prompt) for prompt in prompts) + plan.stopper.new_tokens if prompts else 0
+    L = max(len(prompt) for prompt in prompts) + plan.stopper.new_tokens
     L = -(-L // SLOTS) * SLOTS if static else L
     canvas = Canvas(
         prompts,

@@ -7,10 +7,11 @@ from typing import Literal
 
 from dlm_lightning.decode.reuse import Prefix, Reuse
 from dlm_lightning.decode.sampling import Sampling
+from dlm_lightning.decode.scorer import SCORERS
 from dlm_lightning.decode.selector import Selector, Threshold
 from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.denoiser import Denoiser
-from dlm_lightning.view import Pattern
+from dlm_lightning.view import AUTOREGRESSIVE, Pattern
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Plan:
     part_size: int | None = None
 
     def __post_init__(self) -> None:
+        if self.scorer not in SCORERS:
+            raise ValueError(f"scorer must be one of {', '.join(SCORERS)}, not {self.scorer}")
         for name in ("block_size", "part_size"):
             if (size := getattr(self, name)) is not None and size < 1:
                 raise ValueError(f"{name} must be at least 1 or null, not {size}")
@@ -44,6 +47,11 @@ class Plan:
     def check(self, denoiser: Denoiser) -> None:
         """Raise ValueError, naming the reason, for a model that cannot be decoded so."""
         self.cache.check(denoiser, denoiser.pattern)
+        if denoiser.pattern == AUTOREGRESSIVE and (self.block_size or 1) > 1:
+            raise ValueError(
+                f"block_size {self.block_size} lets tokens see later ones, which an AR source never did; it needs a "
+                "conversion"
+            )
         size = self.block_size or self.cache.pattern(denoiser.pattern).block_size
         if self.part_size and size and size % self.part_size:
             raise ValueError(f"part_size {self.part_size} does not divide the block size {size}")

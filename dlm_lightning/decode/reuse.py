@@ -5,6 +5,7 @@ Shapes: B rows, L tokens of a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -16,7 +17,7 @@ from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, sees
 
 
-class Reuse:
+class Reuse(ABC):
     """Which tokens a forward shows.
 
     whole_blocks: whether these are whole blocks, so that each sees all slots up to the end of its own.
@@ -24,19 +25,19 @@ class Reuse:
 
     whole_blocks: ClassVar[bool] = False
 
-    def check(self, denoiser: Denoiser, pattern: Pattern) -> None:
+    def check(self, denoiser: Denoiser, pattern: Pattern) -> None:  # noqa: B027  # some have nothing to refuse
         """Raise ValueError, naming the reason, for a model that cannot be decoded so."""
 
     def pattern(self, pattern: Pattern) -> Pattern:
         """The pattern to decode with, for a model of this one."""
         return pattern
 
+    @abstractmethod
     def shown(self, canvas: Canvas, candidates_BL: Tensor, shifted: bool) -> Tensor:
         """The tokens that the next forward shows, bool [B, L]; it may fill in the candidates.
 
         `shifted`: whether a mask is read at the position before it.
         """
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

@@ -39,6 +39,8 @@ class Sampling:
             raise ValueError(f"temperature must be at least 0, not {self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], not {self.top_p}")
+        if not 0 <= self.seed < 2**64:
+            raise ValueError(f"seed must lie in [0, 2**64), not {self.seed}")
         if self.top_k is not None and self.top_k < 1:
             raise ValueError(f"top_k must be at least 1 or null, not {self.top_k}")
 
@@ -49,7 +51,8 @@ class Sampling:
         """
         if self.temperature == 0:
             return logits_NV.argmax(1)
-        p_NV, token_NV = (logits_NV / self.temperature).softmax(1).sort(dim=1, descending=True, stable=True)
+        above_NV = logits_NV.double() - logits_NV.amax(1, keepdim=True)  # so that any temperature divides it
+        p_NV, token_NV = (above_NV / self.temperature).softmax(1).sort(dim=1, descending=True, stable=True)
         before_NV = p_NV.cumsum(1) - p_NV
         kept_NV = before_NV < self.top_p
         if self.top_k is not None:

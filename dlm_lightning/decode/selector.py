@@ -5,6 +5,7 @@ Shapes: B rows, L tokens of a row.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
 import torch
@@ -16,16 +17,16 @@ from dlm_lightning.decode.canvas import Canvas
 STREAM = 11  # of random numbers, apart from those of training
 
 
-class Selector:
+class Selector(ABC):
     """Fills in at least one mask of each row that has any."""
 
     def candidates(self, canvas: Canvas) -> Tensor:
         """The masks that may be filled in by the next forward, bool [B, L]."""
         return canvas.open_BL
 
+    @abstractmethod
     def choose(self, score_BL: Tensor, canvas: Canvas) -> Tensor:
         """Those of the candidates that are, bool [B, L]; the score of all others is -inf."""
-        raise NotImplementedError
 
 
 @dataclass(frozen=True)

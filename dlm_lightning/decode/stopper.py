@@ -35,6 +35,8 @@ class Stopper:
             raise ValueError(f"new_tokens must be at least 0, not {self.new_tokens}")
         if not 0 <= self.eos_after <= 1:
             raise ValueError(f"eos_after must lie in [0, 1], not {self.eos_after}")
+        if isinstance(self.strings, str):
+            raise ValueError(f"stop strings are a list of them, not {self.strings}")
         if not all(self.strings):
             raise ValueError("stop strings must not be empty")
 

@@ -413,7 +413,13 @@ def test_prompts_that_cannot_be_continued_are_refused(make_denoiser, prompts, me
         decode(make_denoiser(), prompts, plan())
 
 
+def test_no_prompts_are_nothing_to_do(make_denoiser):
+    assert decode(make_denoiser(), [], plan()).rows == []
+
+
 def test_a_decoder_that_the_pattern_cannot_support_is_refused(make_denoiser):
+    with pytest.raises(ValueError, match="block_size 16 lets tokens see later ones, which an AR source never did"):
+        decode(make_denoiser(shift="next_token"), [PROMPT], plan(block_size=16))
     for name in ("clean", "noisy", "full"):
         with pytest.raises(ValueError, match="autoregressive decoder needs"):
             decode(make_denoiser(pattern=PATTERNS[name]), [PROMPT], plan(cache=Causal()))

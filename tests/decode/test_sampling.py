@@ -33,6 +33,15 @@ def test_shares_are_the_tempered_probabilities_of_what_is_kept(temperature, top_
     assert not found[expected == 0].any()
 
 
+def test_any_temperature_and_share_draw_a_token():
+    logits_NV = torch.tensor([[1.0, 3.0, -torch.inf, 2.0]] * 4)
+    index_N = torch.arange(4)
+    for options in ({"temperature": 1e-300}, {"temperature": 1e-40}, {"temperature": 1.0, "top_p": 1e-300}):
+        assert Sampling(**options).draw(logits_NV, [0], [1], index_N, 4).tolist() == [1] * 4
+    drawn = Sampling(1e300, seed=5).draw(logits_NV.repeat(64, 1), [0], [1], torch.arange(256), 256)
+    assert set(drawn.tolist()) == {0, 1, 3}
+
+
 def test_temperature_0_takes_the_likeliest():
     assert drawn(Sampling())[0] == 1
 
