@@ -89,7 +89,7 @@ class Arm:
         """Decode a prompt and note what came of it."""
         began = time.perf_counter()
         new_ids, forwards = self.act(prompt.ids)
-        self.seconds.append(time.perf_counter() - began)
+        self.seconds.append(round(time.perf_counter() - began, 6))
         self.tokens.append(len(new_ids))
         self.forwards.append(forwards)
         self.right.append(tokenizer.decode(new_ids, skip_special_tokens=True) == prompt.answer)
