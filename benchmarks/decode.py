@@ -56,7 +56,7 @@ CONVERSIONS = ("block_causal", "complementary_mask", "full_bidirectional")
 THRESHOLDS = (0.3, 0.5, 0.7, 0.9, 0.95, 0.99, 1.0)
 WIDTHS = (1, 2, 4, 8, 16, 32, 64)
 LENGTHS = (256, 1024, 4096)
-AFTER = 8  # new tokens beyond the longest answer
+AFTER = 8  # new tokens at least beyond the longest answer, and what their number is a multiple of
 PARTS = 10  # of the prompts; a ratio is taken in each
 REPEATS = 200  # of a forward of each width
 
@@ -143,13 +143,12 @@ def theirs(folder: Path, new_tokens: int) -> Act:
 
 def arms(denoisers: dict[str, Denoiser], new_tokens: int) -> Iterator[Arm]:
     """Every decoder on every model that it suits, over thresholds."""
-    stopper = Stopper(new_tokens)
 
     def plan(name: str, **parts: Any) -> Plan:
         shipped = read(name, [])
         return replace(shipped, stopper=replace(shipped.stopper, new_tokens=new_tokens), **parts)
 
-    yield Arm(SOURCE, "transformers", theirs(RUNS / SOURCE / "model", stopper.new_tokens))
+    yield Arm(SOURCE, "transformers", theirs(RUNS / SOURCE / "model", new_tokens))
     yield Arm(SOURCE, "autoregressive", ours(denoisers[SOURCE], plan("autoregressive")))
     for model, denoiser in denoisers.items():
         if model == SOURCE:

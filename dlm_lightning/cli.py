@@ -194,12 +194,10 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--compile", action="store_true", help="compile the network first: for many prompts")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the plan, such as selector.threshold=0.8")
     args = parser.parse_intermixed_args(argv)
+    from dlm_lightning.generate import generate, text_of
+
     if not args.jsonl and not args.prompt:
-        from dlm_lightning.generate import text_of
-
         args.prompt = [text_of(args.file or "-")]
-    from dlm_lightning.generate import generate
-
     prompts, places = args.prompt or [], (args.jsonl, args.out)
     generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device, args.compile)
     return 0

@@ -96,16 +96,6 @@ def check_overrides(words: Sequence[str], config: Any) -> None:
             known = getattr(known.get(name), "__dict__", {})  # none of a plain dict, which takes any key
 
 
-def check_plan_nulls(config: Any) -> None:
-    """The same for a decoder's plan, whose parts are named by class or are themselves keys and values."""
-    for name, parameter in parameters("dlm_lightning.decode.plan.Plan").items():
-        value = config.get(name, "")
-        _check_null(name, parameter.annotation, value)
-        if path := getattr(value, "class_path", None):
-            for key, own in parameters(path).items():
-                _check_null(f"{name}.{key}", own.annotation, value.init_args.get(key, ""))
-
-
 def check_nulls(config: Any) -> None:
     """Refuse a null of a key that takes none, which the parser lets pass if it stands in YAML."""
     for section in ("model", "data", "trainer"):
@@ -120,6 +110,16 @@ def check_nulls(config: Any) -> None:
         for name, parameter in taken.items():
             if name in given:
                 _check_null(f"{section}.{name}", parameter.annotation, given[name])
+
+
+def check_plan_nulls(config: Any) -> None:
+    """As `check_nulls`, of a decoder's plan, whose parts are named by class or are themselves keys and values."""
+    for name, parameter in parameters("dlm_lightning.decode.plan.Plan").items():
+        value = config.get(name, "")
+        _check_null(name, parameter.annotation, value)
+        if path := getattr(value, "class_path", None):
+            for key, own in parameters(path).items():
+                _check_null(f"{name}.{key}", own.annotation, value.init_args.get(key, ""))
 
 
 def _check_null(key: str, kind: Any, value: Any) -> None:
