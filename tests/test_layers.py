@@ -16,7 +16,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"layouts", "shards"}),
     (1, {"source", "mask_token", "attention", "lora", "cache"}),
     (1, {"denoiser", "drift", "flops"}),
-    (1, {"decode", "sight"}),
+    (1, {"decode", "sight", "likelihood"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
     (2, {"conversion", "checkpoint"}),
     (2, {"nonfinite"}),
