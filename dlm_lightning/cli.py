@@ -66,6 +66,8 @@ def _dispatch(argv: list[str]) -> int:
         return _replay(argv[1:])
     if argv[:1] == ["generate"]:
         return _generate(argv[1:])
+    if argv[:1] == ["eval"]:
+        return _eval(argv[1:])
     parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
     parser.add_argument("--version", action="version", version=f"dlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -77,6 +79,7 @@ def _dispatch(argv: list[str]) -> int:
     ):
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
     commands.add_parser("generate", help="continue prompts with a run's model", add_help=False)
+    commands.add_parser("eval", help="measure all that runs are compared by, and tasks", add_help=False)
     commands.add_parser("replay", help="make one step of a run again and say what it gave", add_help=False)
     resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
     resume.add_argument("run", metavar="RUN", help="a run folder")
@@ -200,6 +203,27 @@ def _generate(argv: list[str]) -> int:
         args.prompt = [text_of(args.file or "-")]
     prompts, places = args.prompt or [], (args.jsonl, args.out)
     generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device, args.compile)
+    return 0
+
+
+def _eval(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm eval",
+        usage="dlm eval RUN [--tasks NAME …] [--prompts N] [key=value …]",
+        description="Measure all that runs are compared by on a run's newest checkpoint: evaluation.json in the run.",
+    )
+    parser.add_argument("run", metavar="RUN", help="a run folder")
+    parser.add_argument("--tasks", metavar="NAME", nargs="+", help="which to ask; default all that the run trains on")
+    parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
+    parser.add_argument(
+        "overrides", metavar="key=value", nargs="*", help="for this time only, such as data.val_rows=64"
+    )
+    args = parser.parse_intermixed_args(argv)
+    from dlm_lightning.evaluation import evaluate
+
+    tasks = [word for word in args.tasks or () if "=" not in word] or None
+    overrides = [*args.overrides, *(word for word in args.tasks or () if "=" in word)]
+    print(evaluate(args.run, tasks, args.prompts, overrides))
     return 0
 
 

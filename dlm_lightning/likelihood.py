@@ -11,7 +11,7 @@ Shapes: B rows, L tokens of a row, S tokens of a row of the view, N scored token
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -76,22 +76,42 @@ def redrawn(batch: Batch, seed: int, stream: int, draw: int) -> tuple[Batch, Ten
     return batch._replace(u_BL=u_BL, t_BL=t_BL), drawn(2 * draw + 1)[1]
 
 
-def bound(denoiser: Denoiser, batch: Batch, blocks: Blocks, turn: int | Tensor) -> Tensor:
-    """Each token's share [B, L] in the bound, in nats, by the batch's noise; tokens that are not maskable have none.
+class Bound(NamedTuple):
+    """What a pass gives of a bound, all float32 [B, L] and 0 for tokens that it does not score.
+
+    nll_BL: −log p. weight_BL: what that counts. level_BL: k/L', the share of the token's block that is masked.
+    """
+
+    nll_BL: Tensor
+    weight_BL: Tensor
+    level_BL: Tensor
+
+    @property
+    def share_BL(self) -> Tensor:
+        """Each token's share in the bound, in nats."""
+        return self.nll_BL * self.weight_BL
+
+
+def bound(denoiser: Denoiser, batch: Batch, blocks: Blocks, turn: int | Tensor) -> Bound:
+    """One pass of the bound, by the batch's noise; only maskable tokens are scored.
 
     Where the model's own blocks (or documents) hold several blocks of this size, each shows one of them as the noisy
     one: the one of number `turn`, so that all `turns` add up to the bound; or one chosen by uniforms [B, L] in (0, 1],
     one per slot, that counts for all, so that the bound is estimated without bias.
     """
-    view, scored = lay_out(denoiser, batch, blocks, turn)
-    share_BS = torch.zeros(view.ids_BS.shape, device=view.ids_BS.device)
+    shown = lay_out(denoiser, batch, blocks, turn)
     first_token, denoiser.first_token = denoiser.first_token, "clean"  # as decoders read it, however it was trained
     try:
-        nll_N = denoiser(view, scored.index_N, scored.target_N)
+        nll_N = denoiser(shown.view, shown.scored.index_N, shown.scored.target_N)
     finally:
         denoiser.first_token = first_token
-    share_BS.view(-1)[scored.index_N] = nll_N.float() * scored.weight_N
-    return share_BS[:, : batch.ids_BL.shape[1]]
+
+    def over_tokens(value_N: Tensor) -> Tensor:
+        value_BS = torch.zeros(shown.view.ids_BS.shape, device=value_N.device)
+        value_BS.view(-1)[shown.scored.index_N] = value_N.float()
+        return value_BS[:, : batch.ids_BL.shape[1]]
+
+    return Bound(over_tokens(nll_N), over_tokens(shown.scored.weight_N), shown.level_BL)
 
 
 def turns(denoiser: Denoiser, batch: Batch, blocks: Blocks) -> int:
@@ -102,12 +122,20 @@ def turns(denoiser: Denoiser, batch: Batch, blocks: Blocks) -> int:
     return max(1, int(count_BL.max()))
 
 
-def lay_out(denoiser: Denoiser, batch: Batch, blocks: Blocks, turn: int | Tensor) -> tuple[View, Scored]:
-    """What `bound` shows and scores; the noisy copy comes first in the view."""
+class Shown(NamedTuple):
+    """What a pass shows, the noisy copy first; what it scores; and k/L' of the masked tokens that it scores [B, L]."""
+
+    view: View
+    scored: Scored
+    level_BL: Tensor
+
+
+def lay_out(denoiser: Denoiser, batch: Batch, blocks: Blocks, turn: int | Tensor) -> Shown:
+    """What `bound` shows and scores."""
     pattern = blocks.pattern(denoiser.pattern)
     if denoiser.pattern == AUTOREGRESSIVE:
         view = AUTOREGRESSIVE.lay_out(batch, [], denoiser.mask_id)
-        return view, score(batch, view, [], ar_weight=1.0)
+        return Shown(view, score(batch, view, [], ar_weight=1.0), batch.maskable_BL.float())
     chosen_BL, count_BL = _chosen(batch, pattern, blocks.size, turn)
     block_BL = groups(batch.position_BL, batch.document_BL, blocks.size)
     whole_BL = groups(batch.position_BL, batch.document_BL, pattern.block_size)
@@ -119,9 +147,10 @@ def lay_out(denoiser: Denoiser, batch: Batch, blocks: Blocks, turn: int | Tensor
     if blocks.future == "absent" and pattern.block_size is None:
         padding_BL = -1 - torch.arange(future_BL.shape[1], device=future_BL.device) - future_BL.shape[1]
         view = replace(view, document_BS=torch.where(future_BL, padding_BL, batch.document_BL), structure=None)
+    level_BL = torch.where(mask_BL, 1 / weight_BL, 0.0)  # the weight is L'/k
     if isinstance(turn, Tensor):
         weight_BL = weight_BL * count_BL
-    return view, score(batch, view, [Masked(mask_BL, weight_BL)])
+    return Shown(view, score(batch, view, [Masked(mask_BL, weight_BL)]), level_BL)
 
 
 def _chosen(batch: Batch, pattern: Pattern, size: int, turn: int | Tensor) -> tuple[Tensor, Tensor]:

@@ -66,7 +66,7 @@ def test_every_block_is_what_a_pass_of_its_own_gives(
     denoiser = make_denoiser(pattern=PATTERNS[name], shift=shift)
     batch, blocks = make_batch([[LENGTH]]), Blocks(size, future)
     with torch.no_grad():
-        parts = [bound(denoiser, batch, blocks, turn) for turn in range(turns(denoiser, batch, blocks))]
+        parts = [bound(denoiser, batch, blocks, turn).share_BL for turn in range(turns(denoiser, batch, blocks))]
     torch.testing.assert_close(sum(parts)[0], reference(denoiser, batch, blocks, plain_logits), rtol=1e-4, atol=1e-5)
     assert all((part > 0).any() for part in parts)
 
@@ -80,9 +80,10 @@ def test_a_chosen_block_counts_for_all_of_its_group(name, future, make_denoiser,
     count = turns(denoiser, batch, blocks)
     choices = math.lcm(*range(1, count + 1))
     with torch.no_grad():
-        whole = sum(bound(denoiser, batch, blocks, turn) for turn in range(count))
+        whole = sum(bound(denoiser, batch, blocks, turn).share_BL for turn in range(count))
         mean = sum(
-            bound(denoiser, batch, blocks, torch.full_like(batch.t_BL, (n + 0.5) / choices)) for n in range(choices)
+            bound(denoiser, batch, blocks, torch.full_like(batch.t_BL, (n + 0.5) / choices)).share_BL
+            for n in range(choices)
         )
     torch.testing.assert_close(mean / choices, whole, rtol=1e-4, atol=1e-5)
     assert ((whole > 0) <= batch.maskable_BL).all()
@@ -94,8 +95,8 @@ def test_blocks_of_one_token_of_an_unconverted_source_give_its_own_likelihood(na
     ar = make_denoiser(pattern=AUTOREGRESSIVE, shift="next_token")
     converted = make_denoiser(pattern=PATTERNS[name], shift="next_token")
     with torch.no_grad():
-        own = bound(ar, batch, Blocks(1), 0)
-        by_blocks = bound(converted, batch, Blocks(1, "absent"), 0)
+        own = bound(ar, batch, Blocks(1), 0).share_BL
+        by_blocks = bound(converted, batch, Blocks(1, "absent"), 0).share_BL
     torch.testing.assert_close(by_blocks, own, rtol=1e-4, atol=1e-5)
     assert ((own > 0) == batch.maskable_BL).all()
 
@@ -120,7 +121,7 @@ def test_the_bound_is_the_mean_chain_rule_over_all_orders(make_denoiser, make_ba
             u_1L = torch.tensor([[0.5, *(0.2 + 0.2 * order.index(i) for i in (1, 2, 3))]])
             drawn = batch._replace(u_BL=u_1L, t_BL=torch.full((1, 4), k / 3))
             with torch.no_grad():
-                total += bound(denoiser, drawn, Blocks(4), 0).sum().item()
+                total += bound(denoiser, drawn, Blocks(4), 0).share_BL.sum().item()
             count += 1
     assert total / count == pytest.approx(over_orders, rel=1e-5)
 
@@ -141,8 +142,18 @@ def test_the_first_token_of_a_block_is_read_as_decoders_read_it(make_denoiser, m
     )
     batch = make_batch([[12]])
     with torch.no_grad():
-        assert torch.equal(bound(clean, batch, Blocks(4), 0), bound(noisy, batch, Blocks(4), 0))
+        assert torch.equal(bound(clean, batch, Blocks(4), 0).nll_BL, bound(noisy, batch, Blocks(4), 0).nll_BL)
     assert noisy.first_token == "noisy"
+
+
+def test_the_level_is_the_masked_share_of_a_block(make_denoiser, make_batch):
+    denoiser, batch = make_denoiser(pattern=Pattern(None)), make_batch([[12]])
+    with torch.no_grad():
+        done = bound(denoiser, batch, Blocks(4), torch.full_like(batch.t_BL, 0.5))
+    masked = done.nll_BL > 0
+    assert (masked == (done.level_BL > 0)).all()
+    assert done.level_BL[masked].tolist() == [masked.sum() / 4] * int(masked.sum())  # the second block, of three
+    assert done.weight_BL[masked].tolist() == pytest.approx([3 * 4 / masked.sum().item()] * int(masked.sum()))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,178 @@
+"""`dlm eval`: everything that runs are compared by, measured on a run's newest checkpoint and kept in the run."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import platform
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from lightning.pytorch.cli import LightningCLI
+from rich.console import Console
+from rich.table import Table
+from torch.distributed.tensor import DTensor
+
+from dlm_lightning import __version__, checkpoint
+from dlm_lightning.callbacks.representation import Representation
+from dlm_lightning.callbacks.yardstick import Yardstick
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.decode.plan import Plan
+from dlm_lightning.decode.selector import Threshold
+from dlm_lightning.decode.stopper import Stopper
+from dlm_lightning.generate import read, suited
+from dlm_lightning.gradient_noise import gradient_noise
+from dlm_lightning.module import Recipe
+from dlm_lightning.tasks import PYTHON, Question, questions
+from dlm_lightning.training import quiet, reopen
+from dlm_lightning.view import AUTOREGRESSIVE
+
+log = logging.getLogger(__name__)
+RESULT = "evaluation.json"
+ONE_DEVICE = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false"]
+THRESHOLDS = (0.5, 0.7, 0.9, 1.0)  # of the decoding frontier; at 1 a forward fills one mask
+BATCH = 32  # prompts decoded together
+GRADIENT_BATCHES = 4
+SAMPLES, SAMPLE_TOKENS = 3, 48
+
+
+def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32, overrides: Sequence[str] = ()) -> Path:
+    """Measure a run's newest checkpoint, write `evaluation.json` in the run, print its tables; returns the file.
+
+    `prompts` is how many questions of each task are asked; 0 asks none. Overrides hold for this time only; without any
+    it takes one device. Raises ValueError or FileNotFoundError for a run or task that is not there.
+    """
+    quiet()
+    if prompts < 0:
+        raise ValueError(f"--prompts must be at least 0, not {prompts}")
+    began = time.perf_counter()
+    run, cli = reopen(folder, *ONE_DEVICE, *overrides)
+    start = checkpoint.newest(run)
+    if start is None:
+        raise FileNotFoundError(f"{folder} has no complete checkpoint to measure")
+    asked = questions(cli.datamodule, list(tasks) if tasks else None, prompts) if prompts else {}
+    found = _likelihood(cli, start)
+    recipe: Recipe = cli.model
+    recipe.eval()
+    alone = not any(isinstance(parameter, DTensor) for parameter in recipe.parameters())
+    if not alone:
+        log.info("tasks and gradients are left out: they need a network that is whole on one device")
+    if alone and cli.trainer.is_global_zero:
+        batches = list(islice(cli.datamodule.val_dataloader(), GRADIENT_BATCHES))
+        if recipe.pattern != AUTOREGRESSIVE and len(batches) > 1:
+            moved = [type(batch)(*(tensor.to(recipe.device) for tensor in batch)) for batch in batches]
+            found["gradient"] = gradient_noise(recipe, moved)._asdict()
+        found["tasks"] = list(_tasks(recipe, asked))
+        found["samples"] = _samples(recipe, cli.datamodule.prompts(SAMPLES))
+    result = {
+        "step": checkpoint.load(start / checkpoint.STATE)["global_step"],
+        "pattern": vars(recipe.pattern) | {"shift": recipe.shift},
+        **found,
+        "seconds": round(time.perf_counter() - began, 1),
+        "with": {
+            "dlm_lightning": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": torch.cuda.get_device_name() if recipe.device.type == "cuda" else platform.processor() or "cpu",
+            "threads": torch.get_num_threads(),
+        },
+    }
+    if cli.trainer.is_global_zero:
+        beside = run / f".{RESULT}.{os.getpid()}"
+        beside.write_text(json.dumps(result, indent=1) + "\n")
+        os.replace(beside, run / RESULT)
+        show(result)
+    return run / RESULT
+
+
+def _likelihood(cli: LightningCLI, start: Path) -> dict[str, Any]:
+    """What a validation and the callbacks log, `a/b/c` as nested keys."""
+    trainer: Any = cli.trainer
+    trainer.callbacks = [
+        *(callback for callback in trainer.callbacks if not type(callback).__module__.startswith("dlm_lightning")),
+        Yardstick(),
+        Representation(),
+    ]
+    trainer.validate(
+        cli.model, cli.datamodule, ckpt_path=str(start / checkpoint.STATE), weights_only=True, verbose=False
+    )
+    nested: dict[str, Any] = {}
+    for name, value in trainer.callback_metrics.items():
+        *path, last = name.split("/")
+        place = nested
+        for key in path:
+            place = place.setdefault(key, {})
+        place[last] = float(value)
+    return nested
+
+
+def _tasks(recipe: Recipe, asked: dict[str, list[Question]]) -> Iterator[dict[str, Any]]:
+    """A record per task and threshold: counts of what is right, tokens, forwards, seconds."""
+    plan = read(suited(recipe.denoiser), [])
+    thresholds = [None] if recipe.pattern == AUTOREGRESSIVE else THRESHOLDS
+    for task, its in asked.items():
+        ids = [recipe.tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in its]
+        longest = max(len(recipe.tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in its)
+        stopper = Stopper(longest + 2, strings=("\n",) if task == PYTHON else ())
+        for threshold in thresholds:
+            chosen = replace(plan, stopper=stopper)
+            if threshold is not None:
+                chosen = replace(chosen, selector=Threshold(threshold))
+            yield {"task": task, "threshold": threshold, "count": len(its), **_asked(recipe, its, ids, chosen)}
+
+
+def _asked(recipe: Recipe, its: list[Question], ids: list[list[int]], plan: Plan) -> dict[str, Any]:
+    tokenizer, sums = recipe.tokenizer, {"tokens": 0, "forwards": 0, "seconds": 0.0}
+    for first in range(0, len(ids), BATCH):
+        options: dict[str, Any] = {"text": tokenizer.decode, "eos_ids": [tokenizer.eos_token_id]}
+        decoded = decode(recipe.denoiser, ids[first : first + BATCH], plan, **options)
+        sums["tokens"] += decoded.tokens
+        sums["forwards"] += decoded.forwards
+        sums["seconds"] += decoded.seconds
+        for question, row in zip(its[first:], decoded.rows, strict=False):
+            text = tokenizer.decode(row.new_ids, skip_special_tokens=True)
+            for name, right in question.mark(text).items():
+                sums[name] = sums.get(name, 0) + right
+    return sums
+
+
+def _samples(recipe: Recipe, prompts: list[list[int]]) -> list[dict[str, str]]:
+    plan = replace(read(suited(recipe.denoiser), []), stopper=Stopper(SAMPLE_TOKENS))
+    rows = decode(recipe.denoiser, prompts, plan, eos_ids=[recipe.tokenizer.eos_token_id]).rows if prompts else []
+    texts = (recipe.tokenizer.decode(row.new_ids, skip_special_tokens=True) for row in rows)
+    return [{"prompt": recipe.tokenizer.decode(ids), "text": text} for ids, text in zip(prompts, texts, strict=True)]
+
+
+def show(result: dict[str, Any]) -> None:
+    """Print what was measured."""
+    console = Console(highlight=False)
+    table = Table("future", *(result["bound"]["masked"]), title="block-wise bound by block size, nats per token")
+    table.title_justify = "left"
+    for future, sizes in result["bound"].items():
+        table.add_row(future, *(f"{sizes[size]:.3f}" if size in sizes else "" for size in result["bound"]["masked"]))
+    console.print(table)
+    if not result.get("tasks"):
+        return
+    table = Table("task", "threshold", "asked", "exact match", "TPF", title="tasks", title_justify="left")
+    for row in result["tasks"]:
+        per_forward = row["tokens"] / max(1, row["forwards"])
+        exact = f"{row['exact'] / row['count']:.1%}" if row["count"] else ""
+        threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
+        table.add_row(row["task"], threshold, str(row["count"]), exact, f"{per_forward:.2f}")
+    console.print(table)
+
+
+def load(run: Path) -> dict[str, Any] | None:
+    """What was measured on a run, if it is of the newest checkpoint."""
+    if not (run / RESULT).is_file():
+        return None
+    found = json.loads((run / RESULT).read_text())
+    kept = checkpoint.by_step(run / checkpoint.FOLDER)
+    return found if not kept or found["step"] == kept[0][0] else None

@@ -1,0 +1,101 @@
+"""The yardstick: what it logs are means of the bound over all tokens, the same on any number of batches."""
+
+from __future__ import annotations
+
+import lightning as L
+import pytest
+import torch
+from torch.utils.data import DataLoader
+
+from dlm_lightning.callbacks.yardstick import STREAM, Yardstick
+from dlm_lightning.likelihood import Blocks, bound, redrawn
+from dlm_lightning.recipes.ar_source import ArSource
+from dlm_lightning.recipes.block_causal import BlockCausal
+from dlm_lightning.recipes.full_bidirectional import FullBidirectional
+from dlm_lightning.view import Batch
+
+ROWS = [[14], [5, 9], [9, 3], []]
+
+
+def validated(recipe, batches, *callbacks) -> dict[str, float]:
+    """What a validation with these callbacks logs."""
+    trainer = L.Trainer(
+        accelerator="cpu",
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        callbacks=list(callbacks),
+    )
+    trainer.validate(recipe, DataLoader(batches, batch_size=None), verbose=False)
+    return {name: value.item() for name, value in trainer.callback_metrics.items()}
+
+
+def rows(batch: Batch, *numbers: int) -> Batch:
+    return Batch(*(tensor[list(numbers)] for tensor in batch))
+
+
+@pytest.fixture
+def recipe(source_folder):
+    def make(recipe_class, **options):
+        return recipe_class(source=str(source_folder()), **options)
+
+    return make
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("make", [lambda r: r(BlockCausal, block_size=4), lambda r: r(FullBidirectional)])
+def test_it_logs_the_mean_share_of_a_token_however_rows_are_batched(make, recipe, make_batch):
+    batch, own = make_batch(ROWS, length=16), make(recipe)
+    found = validated(own, [batch], Yardstick((1, 2, 8), profile_size=2, draws=2))
+    for future in ("masked", "absent"):
+        for size in (1, 2, 8):
+            with torch.no_grad():
+                shares = [
+                    bound(own.denoiser, noisy, Blocks(size, future), choice_BL).share_BL
+                    for noisy, choice_BL in (redrawn(batch, 0, STREAM, draw) for draw in range(2))
+                ]
+            wanted = torch.stack(shares).sum() / 2 / batch.maskable_BL.sum()
+            assert found[f"bound/{future}/{size}"] == pytest.approx(wanted.item(), rel=1e-5)
+    apart = validated(
+        own, [rows(batch, 0), rows(batch, 1, 2), rows(batch, 3)], Yardstick((1, 2, 8), profile_size=2, draws=2)
+    )
+    assert apart == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_the_profile_shares_out_the_bound(recipe, make_batch):
+    batch, own = make_batch([[16], [16]], length=16), recipe(BlockCausal, block_size=8)
+    found = validated(own, [batch], Yardstick((4,), profile_size=4))
+    at = [found[f"profile/position/{place}"] for place in range(4)]
+    counts = [(batch.maskable_BL & (batch.position_BL % 4 == place)).sum().item() for place in range(4)]
+    assert sum(a * n for a, n in zip(at, counts, strict=True)) / sum(counts) == pytest.approx(found["bound/masked/4"])
+    levels = [value for name, value in found.items() if name.startswith("profile/level/")]
+    assert levels and all(value > 0 for value in levels)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_an_autoregressive_model_has_its_own_likelihood_alone(recipe, make_batch):
+    found = validated(recipe(ArSource), [make_batch(ROWS, length=16)], Yardstick())
+    assert {name for name in found if name.startswith("bound/")} == {"bound/masked/1", "bound/absent/1"}
+    assert found["bound/masked/1"] == found["bound/absent/1"] == pytest.approx(found["val/ar_nll"])
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_size_that_does_not_divide_the_models_blocks_is_left_out_where_they_are_kept(recipe, make_batch):
+    found = validated(
+        recipe(BlockCausal, block_size=6), [make_batch(ROWS, length=16)], Yardstick((2, 4), profile_size=2)
+    )
+    assert {name for name in found if name.startswith("bound/")} == {
+        "bound/masked/2",
+        "bound/absent/2",
+        "bound/absent/4",
+    }
+
+
+@pytest.mark.parametrize(
+    "options, message", [({"draws": 0}, "draws must be at least 1"), ({"profile_size": 5}, "one of 1")]
+)
+def test_what_cannot_be_measured_is_refused(options, message):
+    with pytest.raises(ValueError, match=message):
+        Yardstick(**options)
