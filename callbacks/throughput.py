@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from contextlib import ExitStack
 from typing import Any
@@ -24,6 +25,7 @@ class Throughput(L.Callback):
     speed/forward_tokens_per_second: tokens that the network computed, those of every copy and of padding.
     speed/mfu: FLOPs that the network needs over the peak of the devices, where Lightning knows it; recomputation does
     not count. The FLOPs are those of the first micro-batch.
+    speed/peak_memory_gib: the most that this rank has held so far, of its GPU, or else of its process.
 
     The clock stands still from a validation or a checkpoint to the next batch.
     """
@@ -64,6 +66,7 @@ class Throughput(L.Callback):
         if self._peak:
             flops = self._flops * self._steps * trainer.accumulate_grad_batches
             recipe.log("speed/mfu", flops / self._seconds / self._peak)  # of one rank: all do the same
+        recipe.log("speed/peak_memory_gib", peak_memory(trainer.strategy.root_device) / 2**30)
         if trainer.log_every_n_steps and self._step % trainer.log_every_n_steps == 0:
             self._clear(self._step)
 
@@ -100,3 +103,15 @@ class Throughput(L.Callback):
             denoiser.register_forward_pre_hook(before),
             denoiser.register_forward_hook(after, always_call=True),
         ]
+
+
+def peak_memory(device: torch.device) -> float:
+    """The most bytes that were held so far, on a GPU by torch, or else by this process; nan where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return float("nan")
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else most * 1024

@@ -119,11 +119,11 @@ def _over(base: Any, own: Any) -> Any:
     if not isinstance(base, dict) or not isinstance(own, dict):
         return own
     if base.get("class_path") and own.get("class_path", base["class_path"]) != base["class_path"]:
-        base = {**base, "init_args": _taken(own["class_path"], base.get("init_args") or {})}
+        base = {**base, "init_args": taken(own["class_path"], base.get("init_args") or {})}
     return base | {key: _over(base[key], value) if key in base else value for key, value in own.items()}
 
 
-def _taken(path: Any, init_args: dict[str, Any]) -> dict[str, Any]:
+def taken(path: Any, init_args: dict[str, Any]) -> dict[str, Any]:
     """Those arguments that a class takes; all of them if there is no such class, which the parser will say."""
     from jsonargparse import ArgumentParser
 

@@ -68,6 +68,8 @@ def _dispatch(argv: list[str]) -> int:
         return _generate(argv[1:])
     if argv[:1] == ["eval"]:
         return _eval(argv[1:])
+    if argv[:1] == ["compare"]:
+        return _compare(argv[1:])
     parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
     parser.add_argument("--version", action="version", version=f"dlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -80,6 +82,10 @@ def _dispatch(argv: list[str]) -> int:
         commands.add_parser(name, help=about).add_argument("run", metavar="RUN", help="a run folder")
     commands.add_parser("generate", help="continue prompts with a run's model", add_help=False)
     commands.add_parser("eval", help="measure all that runs are compared by, and tasks", add_help=False)
+    commands.add_parser("compare", help="train several recipes with the same work, and compare", add_help=False)
+    reporting = commands.add_parser("report", help="runs side by side: report.html and report.md")
+    reporting.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a comparison's folder")
+    reporting.add_argument("--out", metavar="DIR", help="a folder; default that of a comparison, or this one")
     commands.add_parser("replay", help="make one step of a run again and say what it gave", add_help=False)
     resume = commands.add_parser("resume", help="continue a run from its newest complete checkpoint")
     resume.add_argument("run", metavar="RUN", help="a run folder")
@@ -108,6 +114,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning.probe import probe as run_probe
 
         run_probe(args.source, args.overrides)
+        return 0
+    if args.command == "report":
+        from dlm_lightning.report import report
+
+        print(report(args.runs, args.out))
         return 0
     if args.command == "plan":
         from dlm_lightning import plan as planning
@@ -224,6 +235,51 @@ def _eval(argv: list[str]) -> int:
     tasks = [word for word in args.tasks or () if "=" not in word] or None
     overrides = [*args.overrides, *(word for word in args.tasks or () if "=" in word)]
     print(evaluate(args.run, tasks, args.prompts, overrides))
+    return 0
+
+
+def _compare(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm compare",
+        usage="dlm compare RECIPE… [key=value …] [--seeds N] [--run DIR] [options]",
+        description="Train recipes and an AR control arm with the same work, measure them, write a report. The same "
+        "command again goes on where it was cut off.",
+    )
+    parser.add_argument(
+        "words", metavar="RECIPE | key=value", nargs="+", help="recipes by name or YAML; overrides for all"
+    )
+    parser.add_argument("--seeds", metavar="N", type=int, default=1, help="runs of each recipe; default 1")
+    parser.add_argument("--run", metavar="DIR", help="the comparison's folder; default runs/compare/<number>")
+    budget = parser.add_mutually_exclusive_group()
+    budget.add_argument("--steps", metavar="N", type=int, help="optimizer steps of each; default the recipes' own")
+    budget.add_argument("--forward-tokens", metavar="N", type=float, help="instead: equal tokens through the network")
+    budget.add_argument("--seconds", metavar="S", type=float, help="instead: equal seconds of training")
+    parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time, which share out the cores")
+    parser.add_argument("--no-control", action="store_true", help="leave out the AR control arm")
+    parser.add_argument("--tasks", metavar="NAME", action="append", help="of `dlm eval`; may be given several times")
+    parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
+    args = parser.parse_intermixed_args(argv)
+    recipes = [word for word in args.words if "=" not in word]
+    if not recipes:
+        parser.error("which recipes? `dlm list` shows all")
+    for recipe in recipes:
+        catalog.find(recipe)
+    from dlm_lightning.comparison import Budget, compare
+
+    given = {unit: getattr(args, unit) for unit in ("steps", "forward_tokens", "seconds")}
+    budget_given = [Budget(unit, amount) for unit, amount in given.items() if amount is not None]
+    path = compare(
+        recipes,
+        [word for word in args.words if "=" in word],
+        seeds=args.seeds,
+        budget=budget_given[0] if budget_given else Budget(),
+        folder=args.run,
+        jobs=args.jobs,
+        control=not args.no_control,
+        tasks=args.tasks,
+        prompts=args.prompts,
+    )
+    print(f"report: {path}")
     return 0
 
 

@@ -24,6 +24,14 @@ class _Writer(ExperimentWriter):
         _replace(path, fieldnames, rows)
 
 
+def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
+    """(step, value) of every row of a `metrics.csv` that holds a metric; none if there is no such file."""
+    if not path.is_file():
+        return []
+    with path.open(newline="") as file:
+        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+
+
 def _replace(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:
     """Write a table in place of another, whole or not at all."""
     beside = path.with_suffix(".partial")

@@ -110,6 +110,14 @@ class Recipe(Conversion):
         masks = [mask_BL for mask_BL, _ in copies]
         return pattern.lay_out(batch, masks, self.mask_id, with_ar_copy=self.ar_weight > 0)
 
+    @property
+    def copies(self) -> int:
+        """How often a step shows each token of a row to the network: noisy and clean copies."""
+        token_11 = torch.zeros(1, 1, dtype=torch.long)
+        half_11 = torch.full((1, 1), 0.5)
+        row = Batch(token_11, token_11, token_11, token_11.bool(), half_11, half_11, token_11[0])
+        return self.show(row, self.corrupt(row, self.pattern), self.pattern).ids_BS.shape[1]
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # 1. the batch brings raw uniforms, a pure function of (seed, sample, epoch, view)
         # 2. the recipe turns them into a view: what is masked, and who sees whom

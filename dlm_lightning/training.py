@@ -170,7 +170,8 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
         if runs.is_first_process():
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
-            runs.write_origin(run, recipe=found.name, path=str(found.path), origin=found.origin, module=found.module)
+            origin = {"path": str(found.path), "origin": found.origin, "module": found.module}
+            runs.write_origin(run, recipe=found.name, **origin, overrides=list(overrides))
             _pin(cli)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)

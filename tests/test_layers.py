@@ -30,6 +30,8 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"rehearsal"}),
     (4, {"picture", "summary", "plan", "probe", "consolidate", "replay", "generate", "tasks"}),
     (4, {"evaluation"}),
+    (4, {"report"}),
+    (4, {"comparison"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}
@@ -42,6 +44,11 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "stopper": {"canvas"},
         "plan": {"reuse", "sampling", "scorer", "selector", "stopper"},
         "decoder": {"canvas", "plan", "scorer"},
+    },
+    "report": {
+        "__init__": {"content", "figures", "tables"},
+        "figures": {"content"},
+        "tables": {"content"},
     },
     "data": {
         "stream": {"rows"},

@@ -1,0 +1,217 @@
+"""The tables of a report, for HTML and for Markdown."""
+
+from __future__ import annotations
+
+import shlex
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from dlm_lightning.report.content import Arm, Run
+
+SIZES = ("1", "4", "16", "32")
+Measure = Callable[[Run], float | None]
+
+
+@dataclass
+class Table:
+    """A title, a head, rows of texts, and what must be known to read it."""
+
+    title: str
+    head: list[str]
+    rows: list[list[str]]
+    note: str = ""
+    text: bool = False  # cells are texts to be read, not numbers to be compared
+
+    def markdown(self) -> str:
+        """With its title as a heading."""
+        head = [f"| {' | '.join(self.head)} |", "|" + "---|" * len(self.head)]
+        rows = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in self.rows]
+        return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *head, *rows])
+
+
+def spread(values: Sequence[float], digits: int = 3, percent: bool = False) -> str:
+    """Mean ± standard deviation over seeds; of one seed the value alone."""
+    if not values:
+        return "–"
+    scale, unit = (100, "%") if percent else (1, "")
+    mean = f"{scale * statistics.fmean(values):.{digits}f}"
+    if len(values) == 1:
+        return mean + unit
+    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}{unit}"
+
+
+def all_of(arms: Sequence[Arm]) -> list[Table]:
+    """Every table that has something in it."""
+    made = [summary(arms), bounds(arms), retention(arms), drift(arms), tasks(arms), work(arms), differing(arms)]
+    return [*(table for table in made if table.rows), commands(arms)]
+
+
+def summary(arms: Sequence[Arm]) -> Table:
+    """The first thing to look at."""
+    rows = []
+    for arm in arms:
+        measures: list[tuple[Measure, int, bool]] = [
+            (lambda run: run.at("bound", "masked", "16"), 3, False),
+            (lambda run: run.at("bound", "masked", "1"), 3, False),
+            (lambda run: run.accuracy(), 1, True),
+            (lambda run: run.per_forward(), 2, False),
+            (lambda run: run.drifted("attention", "rel_fro"), 3, False),
+            (lambda run: run.drifted("FFN", "rel_fro"), 3, False),
+        ]
+        cells = [spread(arm.values(measure), digits, percent) for measure, digits, percent in measures]
+        rows.append([arm.title, arm.label, str(len(arm.runs)), *cells])
+    head = ["arm", "pattern", "seeds", "bound, block 16", "bound, block 1", "exact match", "TPF"]
+    head += ["drift of attention", "drift of FFN"]
+    note = (
+        "Bounds in nats per token, lower is better: one noisy block behind a clean prefix, the rest of the model's own "
+        "block or document masked. Exact match: mean over the generated tasks, threshold 0.9. Drift: ‖ΔW‖/‖W₀‖. "
+        "Mean ± standard deviation over seeds."
+    )
+    return Table("Summary", head, rows, note)
+
+
+def bounds(arms: Sequence[Arm]) -> Table:
+    """The common yardstick, and each pattern's own bound."""
+    rows = []
+    for arm in arms:
+        own = arm.values(lambda run: run.at("val", "nelbo"))
+        for future in ("masked", "absent"):
+            cells = [spread(arm.values(lambda run, s=size, f=future: run.at("bound", f, s))) for size in SIZES]  # type: ignore[misc]
+            if any(cell != "–" for cell in cells):
+                rows.append([arm.title, future, *cells, f"{spread(own)} ({arm.label})"])
+    head = ["arm", "future", *(f"block {size}" for size in SIZES), "own NELBO (its blocks)"]
+    note = (
+        "Nats per token. The same noise for all. The own NELBO is a bound under the pattern's own blocks and noise: it "
+        "does not rank patterns. Future: what follows the block in the model's own block or document is masked, or not "
+        "there."
+    )
+    return Table("The common yardstick: block-wise bound by block size", head, rows, note)
+
+
+def retention(arms: Sequence[Arm]) -> Table:
+    """How much of the source is left: in its own readout, in the model's, and in its hidden states."""
+    rows = []
+    for arm in arms:
+        layers = sorted({int(key) for run in arm.runs for key in (run.at("representation", "clean", "cka") or {})})
+        if not layers:
+            continue
+        last = str(layers[-1])
+        measures: list[Measure] = [
+            lambda run: run.at("val", "ar_nll"),
+            lambda run: run.at("bound", "masked", "1"),
+            lambda run, n=last: run.at("representation", "clean", "cka", n),  # type: ignore[misc]
+            lambda run, n=last: run.at("representation", "masked", "cka", n),  # type: ignore[misc]
+            lambda run, n=last: run.at("representation", "clean", "rankme", n),  # type: ignore[misc]
+            lambda run, n=last: run.at("representation", "masked", "rankme", n),  # type: ignore[misc]
+            lambda run, n=last: run.at("representation", "clean", "alpha_req", n),  # type: ignore[misc]
+        ]
+        shift = "shift" if arm.pattern.get("shift") == "next_token" else "no shift"
+        rows.append([arm.title, shift, *(spread(arm.values(measure)) for measure in measures)])
+    head = ["arm", "readout", "next-token NLL, source's readout", "block-1 NLL, own readout"]
+    head += ["CKA, clear text", "CKA, masked", "RankMe, clear text", "RankMe, masked", "α-ReQ, clear text"]
+    note = (
+        "Next-token NLL by the source's readout compares only arms of one shift setting. CKA to the source, RankMe and "
+        "α-ReQ are of the last layer."
+    )
+    return Table("What is left of the AR source", head, rows, note)
+
+
+def drift(arms: Sequence[Arm]) -> Table:
+    """Weight drift, all metrics; and what the gradient's variance is made of."""
+    rows = []
+    for arm in arms:
+        if not arm.values(lambda run: run.drifted("attention", "rel_fro")):
+            continue
+        cells = []
+        for metric in ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank"):
+            for module in ("attention", "FFN"):
+                values = arm.values(lambda run, m=module, name=metric: run.drifted(m, name))  # type: ignore[misc]
+                cells.append(spread(values, 1 if metric == "stable_rank" else 4))
+        noise = arm.values(lambda run: _ratio(run.at("gradient", "noise"), run.at("gradient", "data")))
+        rows.append([arm.title, *cells, spread(noise, 2)])
+    metrics = ["mean abs ΔW", "‖ΔW‖/‖W₀‖", "cosine", "W₁", "stable rank"]
+    head = ["arm", *(f"{metric}, {module}" for metric in metrics for module in ("attention", "FFN"))]
+    note = "The last column is the gradient's variance over masks, in units of its variance over rows of data."
+    return Table("Weight drift and gradient", [*head, "gradient variance, masks / data"], rows, note)
+
+
+def _ratio(a: float | None, b: float | None) -> float | None:
+    return a / b if a is not None and b is not None and b > 0 else None
+
+
+def tasks(arms: Sequence[Arm]) -> Table:
+    """Every task at every threshold."""
+    rows = []
+    named = dict.fromkeys(row["task"] for arm in arms for run in arm.runs for row in run.found.get("tasks") or [])
+    for arm in arms:
+        thresholds = dict.fromkeys(row["threshold"] for run in arm.runs for row in run.found.get("tasks") or [])
+        for threshold in thresholds:
+            cells = []
+            for task in named:
+                cells.append(spread(arm.values(lambda run, t=task, x=threshold: run.accuracy(t, x)), 0, True))  # type: ignore[misc]
+                if task == "python":
+                    for name in ("identifiers", "parses"):
+                        values = arm.values(lambda run, x=threshold, n=name: run.accuracy("python", x, n))  # type: ignore[misc]
+                        cells.append(spread(values, 0, True))
+            per_forward = spread(arm.values(lambda run, x=threshold: run.per_forward(None, x)), 2)  # type: ignore[misc]
+            rows.append([arm.title, "–" if threshold is None else f"{threshold:g}", *cells, per_forward])
+    heads: list[str] = []
+    for task in named:
+        heads += ["python", "its identifiers", "it parses"] if task == "python" else [task]
+    note = (
+        "Exact match of held-out questions; a task's name is followed by its answers' lengths in characters. TPF: "
+        "tokens per forward over all tasks."
+    )
+    return Table("Tasks", ["arm", "threshold", *heads, "TPF"], rows, note)
+
+
+def work(arms: Sequence[Arm]) -> Table:
+    """What each arm has done, by every count."""
+    rows = []
+    for arm in arms:
+        steps = max((run.series("train/loss")[-1][0] + 1 for run in arm.runs if run.series("train/loss")), default=0)
+        cells = [f"{steps:,}"]
+        for kind in ("data", "scored", "forward"):
+            rates = arm.values(lambda run, k=kind: run.last(f"speed/{k}_tokens_per_second"))  # type: ignore[misc]
+            cells.append(spread(rates, 0))
+        cells.append(spread(arm.values(lambda run: run.last("speed/peak_memory_gib")), 2))
+        rows.append([arm.title, *cells])
+    head = ["arm", "steps logged", "data tokens/s", "scored tokens/s", "forward tokens/s", "peak memory, GiB"]
+    return Table(
+        "Work and speed", head, rows, "Rates at the end of the runs; runs that went in parallel share a machine."
+    )
+
+
+def differing(arms: Sequence[Arm]) -> Table:
+    """The config keys in which arms differ, and no others."""
+    keys = list(dict.fromkeys(key for arm in arms for key in arm.differing))
+    rows = [[key, *(str(arm.differing.get(key, arm.runs[0].config.get(key, "–"))) for arm in arms)] for key in keys]
+    return Table("Config keys that differ", ["key", *(arm.title for arm in arms)], rows, text=True)
+
+
+def commands(arms: Sequence[Arm]) -> Table:
+    """What makes each run's folder and its measures again."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            rows.append([arm.title, str(run.seed), f"dlm fit {shlex.join(run.command)}"])
+    note = "Each run, which `dlm eval RUN` then measured; `dlm report RUN…` made this page."
+    return Table("Commands", ["arm", "seed", "command"], rows, note, text=True)
+
+
+def samples(arms: Sequence[Arm]) -> list[dict[str, object]]:
+    """Continuations of the same prompts by the first run of each arm."""
+    prompts = dict.fromkeys(sample["prompt"] for arm in arms for sample in arm.runs[0].found.get("samples") or [])
+    return [
+        {
+            "prompt": prompt,
+            "texts": [
+                (arm.title, sample["text"])
+                for arm in arms
+                for sample in arm.runs[0].found.get("samples") or []
+                if sample["prompt"] == prompt
+            ],
+        }
+        for prompt in prompts
+    ]
