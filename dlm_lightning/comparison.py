@@ -29,11 +29,12 @@ import yaml
 
 from dlm_lightning import catalog, checkpoint, evaluation, report, runs
 from dlm_lightning.loggers import read_metrics
+from dlm_lightning.report.content import PLAN, expand
 from dlm_lightning.source import locate
 from dlm_lightning.training import PLACEHOLDER, parse, quiet
 
 log = logging.getLogger(__name__)
-PLAN, CONTROL, FOLDER = "comparison.json", "control", Path("runs/compare")
+CONTROL, FOLDER = "control", Path("runs/compare")
 EMBEDDED = "runs/ar_source"  # of the shipped recipes; trained if it is not there
 TRIAL = 12  # steps by which a step's seconds are measured; the first third is not counted
 POINTS = 4  # validations of a run whose length the budget decides
@@ -104,6 +105,7 @@ def compare(
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
         if value < 1:
             raise ValueError(f"{name} must be at least 1, not {value}")
+    evaluation.check_asked(tasks, prompts)
     arms = _arms(recipes)
     _check_taken(list(arms.values()), overrides)
     wanted = Comparison(dict(arms), list(overrides), seeds, asdict(budget), prompts, tasks)
@@ -119,7 +121,7 @@ def compare(
             log.info("note: %s", line)
         work.settle({arm: _parsed(path, overrides) for arm, path in arms.items()}, budget)
         failed = work.run_all()
-        path = report.write(sorted((place / "runs").iterdir()), place)
+        path = report.write(expand([str(place)]), place)
         if failed:
             raise RuntimeError(
                 f"{len(failed)} of the runs failed, the first one by {failed[0]}; the report has the others"

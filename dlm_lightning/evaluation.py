@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 import transformers
+import yaml
 from lightning.pytorch.cli import LightningCLI
 from rich.console import Console
 from rich.table import Table
 from torch.distributed.tensor import DTensor
 
-from dlm_lightning import __version__, checkpoint
+from dlm_lightning import __version__, checkpoint, runs
 from dlm_lightning.callbacks.representation import Representation
 from dlm_lightning.callbacks.yardstick import Yardstick
 from dlm_lightning.decode.decoder import decode
@@ -30,7 +31,7 @@ from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.generate import read, suited
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
-from dlm_lightning.tasks import PYTHON, Question, questions
+from dlm_lightning.tasks import PYTHON, Question, check_names, questions
 from dlm_lightning.training import quiet, reopen
 from dlm_lightning.view import AUTOREGRESSIVE
 
@@ -50,8 +51,7 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
     it takes one device. Raises ValueError or FileNotFoundError for a run or task that is not there.
     """
     quiet()
-    if prompts < 0:
-        raise ValueError(f"--prompts must be at least 0, not {prompts}")
+    check_asked(tasks, prompts)
     began = time.perf_counter()
     run, cli = reopen(folder, *ONE_DEVICE, *overrides)
     start = checkpoint.newest(run)
@@ -65,7 +65,7 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
     if not alone:
         log.info("tasks and gradients are left out: they need a network that is whole on one device")
     if alone and cli.trainer.is_global_zero:
-        batches = list(islice(cli.datamodule.val_dataloader(), GRADIENT_BATCHES))
+        batches = list(islice(cli.datamodule.train_dataloader(), GRADIENT_BATCHES))
         if recipe.pattern != AUTOREGRESSIVE and len(batches) > 1:
             moved = [type(batch)(*(tensor.to(recipe.device) for tensor in batch)) for batch in batches]
             found["gradient"] = gradient_noise(recipe, moved)._asdict()
@@ -74,6 +74,7 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
     result = {
         "step": checkpoint.load(start / checkpoint.STATE)["global_step"],
         "pattern": vars(recipe.pattern) | {"shift": recipe.shift},
+        "work": {"forward_tokens_per_step": forward_tokens_per_step(run, recipe)},
         **found,
         "seconds": round(time.perf_counter() - began, 1),
         "with": {
@@ -90,6 +91,22 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
         os.replace(beside, run / RESULT)
         show(result)
     return run / RESULT
+
+
+def check_asked(tasks: Sequence[str] | None, prompts: int) -> None:
+    """Raise ValueError for a number of questions, or a task, that cannot be asked."""
+    if prompts < 0:
+        raise ValueError(f"--prompts must be at least 0, not {prompts}")
+    check_names(tasks or ())
+
+
+def forward_tokens_per_step(run: Path, recipe: Recipe) -> int:
+    """Tokens that pass the network in an optimizer step as the run was trained, whatever it is measured on."""
+    config = yaml.safe_load((run / runs.CONFIG).read_text())
+    data, trainer = config["data"]["init_args"], config["trainer"]
+    devices = trainer["devices"] if isinstance(trainer["devices"], int) else 1
+    rows = data["batch_size"] * trainer["accumulate_grad_batches"] * max(1, devices) * trainer["num_nodes"]
+    return rows * data["row_length"] * recipe.copies
 
 
 def _likelihood(cli: LightningCLI, start: Path) -> dict[str, Any]:

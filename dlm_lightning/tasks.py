@@ -9,7 +9,7 @@ from __future__ import annotations
 import ast
 import keyword
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from textwrap import dedent
 from typing import NamedTuple
 
@@ -49,8 +49,7 @@ def questions(data: TokenData, names: list[str] | None, count: int) -> dict[str,
     Without names, of all tasks that the run trains on; a named task that it does not train on is asked with the
     module's own lengths. ValueError for a name that is no task.
     """
-    if unknown := [name for name in names or () if name not in NAMES]:
-        raise ValueError(f"there is no task {unknown[0]}; there are {', '.join(NAMES)}")
+    check_names(names or ())
     parts = data.parts if isinstance(data, Mixture) else [data]
     exact = [part for part in parts if isinstance(part, ExactAnswers)]
     texts = [part for part in parts if isinstance(part, TextFiles) and part.paths is None]
@@ -73,6 +72,12 @@ def questions(data: TokenData, names: list[str] | None, count: int) -> dict[str,
         lines = list(python_lines(texts[0] if texts else TextFiles()))
         found[PYTHON] = [lines[n * len(lines) // count] for n in range(min(count, len(lines)))]
     return found
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no task."""
+    if unknown := [name for name in names if name not in NAMES]:
+        raise ValueError(f"there is no task {unknown[0]}; there are {', '.join(NAMES)}")
 
 
 def python_lines(data: TextFiles) -> Iterator[Question]:

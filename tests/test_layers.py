@@ -48,7 +48,8 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
     "report": {
         "__init__": {"content", "figures", "tables"},
         "figures": {"content"},
-        "tables": {"content"},
+        "pairs": {"content"},
+        "tables": {"content", "pairs"},
     },
     "data": {
         "stream": {"rows"},

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dlm_lightning import __version__
 from dlm_lightning.report import figures, tables
-from dlm_lightning.report.content import arms_of, expand, read_run
+from dlm_lightning.report.content import PLAN, arms_of, expand, read_run
 from dlm_lightning.runs import METRICS
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -35,6 +37,7 @@ def _is_comparison(folders: Sequence[str]) -> bool:
 
 def write(runs: Sequence[Path], place: Path) -> Path:
     """Write `report.html` and `report.md` of these runs into a folder; returns the first one's path."""
+    plan = json.loads((place / PLAN).read_text()) if (place / PLAN).is_file() else None
     arms = arms_of([read_run(run) for run in runs])
     found = tables.all_of(arms)
     drawn = figures.all_of(arms)
@@ -42,11 +45,26 @@ def write(runs: Sequence[Path], place: Path) -> Path:
         loader=FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=StrictUndefined
     )
     page = environment.get_template("page.html").render(
-        arms=arms, tables=found, figures=drawn, samples=tables.samples(arms), version=__version__
+        arms=arms,
+        budget=budget(plan) if plan else "",
+        tables=found,
+        figures=drawn,
+        samples=tables.samples(arms),
+        version=__version__,
     )
     _write(place / HTML, page)
     _write(place / MARKDOWN, "\n\n".join(table.markdown() for table in found) + "\n")
     return place / HTML
+
+
+def budget(plan: dict[str, Any]) -> str:
+    """What a comparison gave to every arm, in a sentence."""
+    unit, amount = plan["budget"]["unit"], plan["budget"]["amount"]
+    of_steps = ", ".join(f"{arm} {steps:,}" for arm, steps in plan["steps"].items())
+    if unit == "steps":
+        return f"Every arm made {next(iter(plan['steps'].values())):,} optimizer steps on the same data tokens."
+    what = "forward tokens" if unit == "forward_tokens" else "seconds of training"
+    return f"Every arm got {amount:,.0f} {what}. Optimizer steps: {of_steps}."
 
 
 def _write(path: Path, text: str) -> None:

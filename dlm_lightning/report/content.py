@@ -19,6 +19,7 @@ from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE
 from dlm_lightning.loggers import read_metrics
 from dlm_lightning.runs import CONFIG, METRICS, ORIGIN
 
+PLAN = "comparison.json"  # of a comparison's folder
 SEEDS = ("seed_everything", "data.seed")
 PLACES = ("trainer.default_root_dir", "trainer.logger", "data.cache_dir", "data.num_workers")
 COLORS = ("#3f7fd6", "#dd7a2b", "#2f9e6e", "#b25bc0", "#c2941f", "#d1495b", "#4aa5b5", "#8a6d5a")  # on white and black
@@ -56,6 +57,32 @@ class Run:
         for key in keys:
             value = value.get(key) if isinstance(value, dict) else None
         return value
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps that were made, as far as `dlm eval` or metrics.csv know."""
+        if self.found:
+            return self.found["step"]
+        logged = self.series("train/loss")
+        return logged[-1][0] + 1 if logged else None
+
+    def tokens(self, kind: str) -> float | None:
+        """Tokens of all steps: `forward` ones exactly, `data` and `scored` ones by their share in what was logged."""
+        if not self.found or self.steps is None:
+            return None
+        forward = self.steps * self.found["work"]["forward_tokens_per_step"]
+        logged = zip(*(self.series(f"speed/{k}_tokens_per_second") for k in (kind, "forward")), strict=True)
+        shares = [of_kind / of_all for (_, of_kind), (_, of_all) in logged]
+        return forward * statistics.fmean(shares) if shares else None
+
+    @property
+    def training_seconds(self) -> float | None:
+        """Seconds of the steps, validation and checkpoints left out, by the rates that were logged."""
+        rates = [rate for _, rate in self.series("speed/forward_tokens_per_second")]
+        if not rates or not self.found or self.steps is None:
+            return None
+        per_step = self.found["work"]["forward_tokens_per_step"]
+        return self.steps * statistics.fmean(per_step / rate for rate in rates)
 
     @cached_property
     def drift(self) -> list[dict[str, Any]]:
@@ -133,12 +160,24 @@ def expand(folders: Sequence[str]) -> list[Path]:
     for name in folders:
         folder = Path(name).expanduser()
         inside = folder / "runs" if (folder / "runs").is_dir() else folder
-        candidates = [folder] if (folder / CONFIG).is_file() else sorted(inside.iterdir()) if inside.is_dir() else []
+        candidates = [folder] if (folder / CONFIG).is_file() else _by_arm(inside) if inside.is_dir() else []
         runs = [path for path in candidates if (path / CONFIG).is_file() and (path / ORIGIN).is_file()]
         if not runs:
             raise FileNotFoundError(f"{name} is neither a run folder nor a folder of runs")
         found += [run for run in runs if run not in found]
     return found
+
+
+def _by_arm(folder: Path) -> list[Path]:
+    """What lies in a folder of runs, a comparison's in the order of its arms."""
+    named = folder.parent / PLAN
+    arms = list(json.loads(named.read_text()).get("steps", {})) if named.is_file() else []
+
+    def place(path: Path) -> tuple[int, str]:
+        arm = path.name.rpartition("-")[0]
+        return arms.index(arm) if arm in arms else len(arms), path.name
+
+    return sorted(folder.iterdir(), key=place)
 
 
 def read_run(path: Path) -> Run:

@@ -13,6 +13,7 @@ from markupsafe import Markup
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dlm_lightning.callbacks.weight_drift import COLUMNS, OUTSIDE
 from dlm_lightning.report.content import Arm, Run
@@ -89,14 +90,21 @@ def _lines(axes, arms: Sequence[Arm], series: Series) -> bool:
 
 
 def _panels(arms: Sequence[Arm], panels: Sequence[tuple[str, str, Series]], xlabel: str = "step") -> Figure | None:
-    figure = _figure(4.6 * len(panels), 3.4)
+    figure = _figure(3.7 * len(panels), 3.3)
     drawn = False
     for number, (title, label, series) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
         drawn |= _lines(axes, arms, series)
         axes.set(title=title, xlabel=xlabel, ylabel=label)
+        _tidy(axes)
     _legend(figure, arms)
     return figure if drawn else None
+
+
+def _tidy(axes) -> None:
+    """Few enough ticks that none runs into another."""
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
 def _legend(figure: Figure, arms: Sequence[Arm]) -> None:
@@ -200,7 +208,7 @@ def drift_and_accuracy(arms: Sequence[Arm]) -> Drawn | None:
         measure, label = (lambda run: run.accuracy()), "exact match over the generated tasks"
     else:
         measure, label = (lambda run: run.at("bound", "masked", "16")), "bound at block 16, nats per token"
-    figure, drawn = _figure(9.2, 3.6), False
+    figure, drawn = _figure(8.4, 3.5), False
     for number, module in enumerate(("attention", "FFN"), 1):
         axes = figure.add_subplot(1, 2, number)
         for arm in arms:
@@ -211,15 +219,16 @@ def drift_and_accuracy(arms: Sequence[Arm]) -> Drawn | None:
                 axes.scatter(x, y, s=28, color=arm.color, label=arm.title)
                 drawn = True
         axes.set(xlabel=f"drift of {module}, ‖ΔW‖/‖W₀‖", ylabel=label if number == 1 else "")
+        _tidy(axes)
         if has_tasks:
-            axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+            axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _legend(figure, arms)
     return _drawn("Drift against what came of it", "A point is a run.", figure) if drawn else None
 
 
 def frontier(arms: Sequence[Arm]) -> Drawn | None:
     """Exact match against tokens per forward and per second, a line over thresholds."""
-    figure, drawn = _figure(9.2, 3.6), False
+    figure, drawn = _figure(8.4, 3.5), False
     rates: list[tuple[str, Callable[[Run, float | None], float | None]]] = [
         ("tokens per forward", lambda run, threshold: run.per_forward(None, threshold)),
         ("tokens per second", _per_second),
@@ -239,8 +248,9 @@ def frontier(arms: Sequence[Arm]) -> Drawn | None:
                 axes.plot(*zip(*points, strict=True), "o-", color=arm.color, label=arm.title, markersize=4)
                 drawn = True
         axes.set(xlabel=label, ylabel="exact match" if number == 1 else "")
+        _tidy(axes)
         axes.set_xlim(left=0)
-        axes.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1, decimals=0))
+        axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _legend(figure, arms)
     note = "Means over the generated tasks and seeds; a point is a threshold. Seconds are of batches of prompts."
     return _drawn("The frontier of accuracy and speed", note, figure) if drawn else None

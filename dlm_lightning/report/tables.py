@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from dlm_lightning.report.content import Arm, Run
+from dlm_lightning.report.pairs import paired
 
+METRICS = ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank")
 SIZES = ("1", "4", "16", "32")
 Measure = Callable[[Run], float | None]
 
@@ -31,19 +35,33 @@ class Table:
 
 
 def spread(values: Sequence[float], digits: int = 3, percent: bool = False) -> str:
-    """Mean ± standard deviation over seeds; of one seed the value alone."""
+    """Mean ± standard deviation over seeds; the value alone if it is one, or the same for all."""
     if not values:
         return "–"
     scale, unit = (100, "%") if percent else (1, "")
-    mean = f"{scale * statistics.fmean(values):.{digits}f}"
-    if len(values) == 1:
+    mean = signed(f"{scale * statistics.fmean(values):,.{digits}f}")
+    if len(set(values)) == 1:
         return mean + unit
-    return f"{mean} ± {scale * statistics.stdev(values):.{digits}f}{unit}"
+    return f"{mean} ± {scale * statistics.stdev(values):,.{digits}f}{unit}"
+
+
+def signed(number: str) -> str:
+    """A number's text with a minus sign for a hyphen."""
+    return number.replace("-", "−")
 
 
 def all_of(arms: Sequence[Arm]) -> list[Table]:
     """Every table that has something in it."""
-    made = [summary(arms), bounds(arms), retention(arms), drift(arms), tasks(arms), work(arms), differing(arms)]
+    made = [
+        summary(arms),
+        pairs(arms),
+        bounds(arms),
+        retention(arms),
+        drift(arms),
+        tasks(arms),
+        work(arms),
+        differing(arms),
+    ]
     return [*(table for table in made if table.rows), commands(arms)]
 
 
@@ -79,8 +97,8 @@ def bounds(arms: Sequence[Arm]) -> Table:
         for future in ("masked", "absent"):
             cells = [spread(arm.values(lambda run, s=size, f=future: run.at("bound", f, s))) for size in SIZES]  # type: ignore[misc]
             if any(cell != "–" for cell in cells):
-                rows.append([arm.title, future, *cells, f"{spread(own)} ({arm.label})"])
-    head = ["arm", "future", *(f"block {size}" for size in SIZES), "own NELBO (its blocks)"]
+                rows.append([arm.title, future, *cells, f"{spread(own)}", str(arm.pattern.get("block_size") or "all")])
+    head = ["arm", "future", *(f"block {size}" for size in SIZES), "own NELBO", "of block"]
     note = (
         "Nats per token. The same noise for all. The own NELBO is a bound under the pattern's own blocks and noise: it "
         "does not rank patterns. Future: what follows the block in the model's own block or document is masked, or not "
@@ -121,19 +139,18 @@ def drift(arms: Sequence[Arm]) -> Table:
     """Weight drift, all metrics; and what the gradient's variance is made of."""
     rows = []
     for arm in arms:
-        if not arm.values(lambda run: run.drifted("attention", "rel_fro")):
-            continue
-        cells = []
-        for metric in ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank"):
-            for module in ("attention", "FFN"):
-                values = arm.values(lambda run, m=module, name=metric: run.drifted(m, name))  # type: ignore[misc]
-                cells.append(spread(values, 1 if metric == "stable_rank" else 4))
-        noise = arm.values(lambda run: _ratio(run.at("gradient", "noise"), run.at("gradient", "data")))
-        rows.append([arm.title, *cells, spread(noise, 2)])
-    metrics = ["mean abs ΔW", "‖ΔW‖/‖W₀‖", "cosine", "W₁", "stable rank"]
-    head = ["arm", *(f"{metric}, {module}" for metric in metrics for module in ("attention", "FFN"))]
+        noise = spread(arm.values(lambda run: _ratio(run.at("gradient", "noise"), run.at("gradient", "data"))), 2)
+        for module in ("attention", "FFN"):
+            values = {
+                metric: arm.values(lambda run, m=module, name=metric: run.drifted(m, name))  # type: ignore[misc]
+                for metric in METRICS
+            }
+            if values["rel_fro"]:
+                cells = [spread(values[metric], 1 if metric == "stable_rank" else 4) for metric in METRICS]
+                rows.append([arm.title, module, *cells, noise if module == "attention" else ""])
+    head = ["arm", "module", "mean abs ΔW", "‖ΔW‖/‖W₀‖", "cosine", "W₁", "stable rank", "gradient, masks / data"]
     note = "The last column is the gradient's variance over masks, in units of its variance over rows of data."
-    return Table("Weight drift and gradient", [*head, "gradient variance, masks / data"], rows, note)
+    return Table("Weight drift and gradient", head, rows, note)
 
 
 def _ratio(a: float | None, b: float | None) -> float | None:
@@ -170,17 +187,55 @@ def work(arms: Sequence[Arm]) -> Table:
     """What each arm has done, by every count."""
     rows = []
     for arm in arms:
-        steps = max((run.series("train/loss")[-1][0] + 1 for run in arm.runs if run.series("train/loss")), default=0)
-        cells = [f"{steps:,}"]
-        for kind in ("data", "scored", "forward"):
-            rates = arm.values(lambda run, k=kind: run.last(f"speed/{k}_tokens_per_second"))  # type: ignore[misc]
-            cells.append(spread(rates, 0))
-        cells.append(spread(arm.values(lambda run: run.last("speed/peak_memory_gib")), 2))
-        rows.append([arm.title, *cells])
-    head = ["arm", "steps logged", "data tokens/s", "scored tokens/s", "forward tokens/s", "peak memory, GiB"]
-    return Table(
-        "Work and speed", head, rows, "Rates at the end of the runs; runs that went in parallel share a machine."
+        counts: list[tuple[Measure, int]] = [
+            (lambda run: run.steps, 0),
+            (lambda run: _millions(run.tokens("data")), 3),
+            (lambda run: _millions(run.tokens("scored")), 3),
+            (lambda run: _millions(run.tokens("forward")), 3),
+            (lambda run: run.training_seconds, 0),
+            (lambda run: run.last("speed/data_tokens_per_second"), 0),
+            (lambda run: run.last("speed/forward_tokens_per_second"), 0),
+            (lambda run: run.last("speed/peak_memory_gib"), 2),
+        ]
+        rows.append([arm.title, *(spread(arm.values(measure), digits) for measure, digits in counts)])
+    head = ["arm", "steps", "data tokens, M", "scored tokens, M", "forward tokens, M", "seconds of training"]
+    head += ["data tokens/s", "forward tokens/s", "peak memory, GiB"]
+    note = (
+        "Data tokens are the corpus's, scored ones are terms of the loss, forward ones passed the network. Rates are "
+        "those at the end of the runs; runs that went side by side share a machine."
     )
+    return Table("Work and speed", head, rows, note)
+
+
+def _millions(count: float | None) -> float | None:
+    return None if count is None else count / 1e6
+
+
+def pairs(arms: Sequence[Arm]) -> Table:
+    """Same-seed differences of every two arms in what matters most."""
+    measures: list[tuple[str, Measure, float, int]] = [
+        ("bound, block 16", lambda run: run.at("bound", "masked", "16"), 1, 3),
+        ("exact match, points", lambda run: run.accuracy(), 100, 1),
+        ("drift of attention", lambda run: run.drifted("attention", "rel_fro"), 1, 4),
+        ("drift of FFN", lambda run: run.drifted("FFN", "rel_fro"), 1, 4),
+    ]
+    rows = []
+    for a, b in combinations(arms, 2):
+        cells = []
+        for _, measure, scale, digits in measures:
+            found = paired(a, b, measure)
+            if found is None or len(found.differences) < 2:
+                cells.append("–")
+                continue
+            text = signed(f"{scale * found.mean:+.{digits}f}") + f" ± {scale * found.half_width:.{digits}f}"
+            cells.append(text if found.resolved else f"({text})")
+        if any(cell != "–" for cell in cells):
+            rows.append([f"{b.title} − {a.title}", *cells])
+    note = (
+        "Mean over seeds of same-seed differences, ± half of its 95 % interval (Student's t). In parentheses: not "
+        "resolvable here, because seeds disagree in sign or the interval holds 0."
+    )
+    return Table("Pairs", ["arms", *(name for name, *_ in measures)], rows, note)
 
 
 def differing(arms: Sequence[Arm]) -> Table:
@@ -207,7 +262,7 @@ def samples(arms: Sequence[Arm]) -> list[dict[str, object]]:
         {
             "prompt": prompt,
             "texts": [
-                (arm.title, sample["text"])
+                (arm.title, re.sub(r"\n\s*\n\s*\n+", "\n\n", sample["text"]).strip() or "(nothing but white space)")
                 for arm in arms
                 for sample in arm.runs[0].found.get("samples") or []
                 if sample["prompt"] == prompt

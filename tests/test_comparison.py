@@ -1,0 +1,233 @@
+"""`dlm compare`, killed and repeated; the report of its runs, in a browser where there is one; what is refused."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from dlm_lightning import checkpoint, evaluation
+from dlm_lightning.comparison import Budget, Comparison, _parsed, _per_step, _Work, check_same_work, taken
+
+ARMS = ("full_bidirectional", "block_causal", "control")
+STEPS = 5
+CHROMIUM = next(
+    (path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None
+)
+OVERFLOW = """<script>
+addEventListener("load", () => {
+  const wide = document.documentElement.scrollWidth - innerWidth;
+  const cut = [];
+  for (const svg of document.querySelectorAll("figure svg")) {
+    const own = svg.getBoundingClientRect();
+    for (const text of svg.querySelectorAll("text")) {
+      const box = text.getBoundingClientRect();
+      if (box.left < own.left - 1 || box.right > own.right + 1 || box.top < own.top - 1 || box.bottom > own.bottom + 1)
+        cut.push(text.textContent);
+    }
+  }
+  const style = getComputedStyle(document.body);
+  document.body.dataset.seen = JSON.stringify({wide, cut, ink: style.color, paper: style.backgroundColor});
+});
+</script>"""
+
+
+@pytest.fixture(scope="module")
+def compared(small, row_cache, tmp_path_factory) -> tuple[Path, str]:
+    """A comparison that was killed while its second run trained and then repeated; and what the repetition said."""
+    folder = tmp_path_factory.mktemp("compare")
+    overrides = small(model__block_size=4, data__batch_size=2, trainer__val_check_interval=2)
+    command = [sys.executable, "-m", "dlm_lightning.cli", "compare", *ARMS[:2], *overrides]
+    command += ["--steps", str(STEPS), "--run", "here", "--tasks", "copy", "--prompts", "2"]
+    environment = {**os.environ, "XDG_CACHE_HOME": str(row_cache), "OMP_NUM_THREADS": "1"}
+    options = {"cwd": folder, "env": environment, "text": True}
+    first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
+    second_run = folder / "here" / "runs" / f"{ARMS[1]}-0"
+    until = time.monotonic() + 200
+    while not (second_run / "metrics.csv").is_file():
+        assert first.poll() is None and time.monotonic() < until, first.stderr.read() if first.poll() else "too slow"
+        time.sleep(0.05)
+    first.kill()
+    first.wait()
+    finished = (folder / "here" / "runs" / f"{ARMS[0]}-0" / "metrics.csv").stat().st_mtime_ns
+    done = subprocess.run(command, capture_output=True, timeout=300, **options)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert (folder / "here" / "runs" / f"{ARMS[0]}-0" / "metrics.csv").stat().st_mtime_ns == finished
+    return folder / "here", done.stdout
+
+
+def test_a_killed_comparison_goes_on_and_completes(compared):
+    place, said = compared
+    assert f"{ARMS[0]}, seed 0: {STEPS} steps, was there" in said
+    for arm in ARMS:
+        run = place / "runs" / f"{arm}-0"
+        assert checkpoint.load(checkpoint.newest(run) / checkpoint.STATE)["global_step"] == STEPS
+        assert evaluation.load(run)["step"] == STEPS
+    assert said.endswith(f"report: {place / 'report.html'}\n")
+
+
+def test_arms_share_source_data_noise_and_schedule(compared):
+    place, _ = compared
+    configs = [yaml.safe_load((place / "runs" / f"{arm}-0" / "config.yaml").read_text()) for arm in ARMS]
+    assert configs[0]["data"] == configs[1]["data"] == configs[2]["data"]
+    for config in configs[1:]:
+        for key in ("source", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas"):
+            assert config["model"]["init_args"][key] == configs[0]["model"]["init_args"][key]
+        assert config["trainer"]["max_steps"] == STEPS
+    assert [config["model"]["class_path"].split(".")[-2] for config in configs] == [*ARMS[:2], "ar_source"]
+
+
+def test_the_report_has_every_arm_and_needs_nothing_else(compared):
+    place, _ = compared
+    page, markdown = (place / "report.html").read_text(), (place / "report.md").read_text()
+    links: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag, attrs):
+            links.extend(value for name, value in attrs if name in ("src", "href", "xlink:href") and value)
+
+    Links().feed(page)
+    assert all(link.startswith(("#", "data:image/png")) for link in links)
+    assert "@import" not in page and "url(http" not in page
+    for arm in ARMS:
+        assert arm in page and f"| {arm} |" in markdown
+    for title in ("Summary", "The common yardstick", "What is left of the AR source", "Work and speed", "Commands"):
+        assert title in page and title in markdown
+    for title in ("Curves", "Weight drift", "Drift by layer and module", "Where the loss is", "Samples"):
+        assert title in page
+    assert "Every arm made 5 optimizer steps" in page
+    assert "model.seed" not in markdown and "trainer.default_root_dir" not in markdown
+
+
+def test_the_report_says_what_was_measured(compared):
+    place, _ = compared
+    [row] = [
+        line for line in (place / "report.md").read_text().splitlines() if line.startswith("| block_causal | masked")
+    ]
+    bound = evaluation.load(place / "runs" / "block_causal-0")["bound"]["masked"]
+    assert row.split(" | ")[2:5] == [f"{bound[size]:.3f}" for size in ("1", "4", "16")]
+
+
+def test_forward_tokens_are_counted_as_they_are_shown(compared):
+    place, _ = compared
+    per_step = [evaluation.load(place / "runs" / f"{arm}-0")["work"]["forward_tokens_per_step"] for arm in ARMS]
+    assert per_step == [2 * 24, 2 * 2 * 24, 2 * 24]
+
+
+def test_a_report_of_single_runs_and_where_it_goes(compared, typed, tmp_path):
+    place, _ = compared
+    runs = [place / "runs" / f"{arm}-0" for arm in ARMS[:2]]
+    assert typed("report", *runs, cwd=tmp_path).code == 0
+    assert ARMS[1] in (tmp_path / "report.html").read_text()
+    assert "control" not in (tmp_path / "report.md").read_text()
+    before = (place / "report.md").read_text()
+    assert typed("report", place, cwd=tmp_path).out == f"{place / 'report.html'}\n"
+    assert (place / "report.md").read_text() == before
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed to look at the report with")
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 420])
+def test_a_browser_shows_it_whole_in_light_and_dark(compared, scheme, width, tmp_path):
+    place, _ = compared
+    page = tmp_path / "page.html"
+    page.write_text((place / "report.html").read_text().replace("</body>", OVERFLOW + "</body>"))
+    settings = f"preferredColorScheme={0 if scheme == 'dark' else 1}"
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", f"--window-size={width},2000"]
+    command += [f"--user-data-dir={tmp_path / 'profile'}", f"--blink-settings={settings}", "--enable-logging=stderr"]
+    done = subprocess.run([*command, "--dump-dom", page.as_uri()], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert "CONSOLE" not in done.stderr
+    found = re.search(r"data-seen=\"([^\"]*)\"", done.stdout)
+    seen = json.loads(found[1].replace("&quot;", '"').replace("&amp;", "&"))
+    assert seen["cut"] == [] and seen["wide"] <= 0
+    light = [sum(map(int, re.findall(r"\d+", seen[part])[:3])) for part in ("ink", "paper")]
+    assert (light[0] > light[1]) == (scheme == "dark") and abs(light[0] - light[1]) > 400
+
+
+def test_overrides_go_to_the_arms_that_take_them():
+    words = ["model.block_size=8", "model.lr=1e-3", "data.seed=1", "--trainer.devices=1"]
+    assert taken("block_causal", words) == words
+    assert taken("full_bidirectional", words) == words[1:]
+
+
+def test_budgets_share_out_work(small, typed, tmp_path):
+    """Forward tokens: a row costs 1, 2 or 3 times its length; steps: the same for all."""
+    overrides = small(data__batch_size=2)
+    names = ("full_bidirectional", "block_causal", "complementary_mask")
+    parsed = {name: _parsed(name, overrides) for name in names}
+    assert [_per_step(parsed[name]) for name in names] == [48, 96, 144]
+    for unit, amount, steps in (("forward_tokens", 1440, [30, 15, 10]), ("steps", 7, [7, 7, 7])):
+        place = tmp_path / unit
+        place.mkdir()
+        (place / "comparison.json").write_text("{}")
+        work = _Work(place, Comparison({}, overrides, 1, {"unit": unit, "amount": amount}, 0, None), 1)
+        work.settle(parsed, Budget(unit, amount))
+        assert [work.steps[name] for name in names] == steps
+        assert json.loads((place / "comparison.json").read_text())["steps"] == work.steps
+
+
+def test_optimizers_that_differ_are_noted_and_data_that_differs_is_refused(small):
+    a, b = (_parsed("block_causal", small(model__lr=rate)) for rate in (1e-3, 2e-3))
+    assert check_same_work({"a": a, "b": b}) == ["model.lr is 0.001 in a and 0.002 in b"]
+    c = _parsed("block_causal", small(data__row_length=32))
+    with pytest.raises(ValueError, match=r"do not do the same work: data.row_length is 24 in a and 32 in c"):
+        check_same_work({"a": a, "c": c})
+
+
+def recipe(folder: Path, name: str, text: str = "") -> str:
+    path = folder / name
+    path.parent.mkdir(exist_ok=True)
+    shipped = Path(__file__).parents[1] / "recipes" / "block_causal.yaml"
+    path.write_text(f"extends: [{shipped}]\n{text}")
+    return str(path)
+
+
+def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_path):
+    overrides, cwd = small(), tmp_path
+    twin = recipe(tmp_path / "twin", "block_causal.yaml")
+    longer = recipe(tmp_path, "longer.yaml", "data: {init_args: {row_length: 32}}\ntrainer: {max_steps: 9}\n")
+    assert "there is no recipe blok_causal; did you mean block_causal?" in refused("compare", "blok_causal", cwd=cwd)
+    assert "two arms would be called block_causal" in refused("compare", "block_causal", twin, *overrides, cwd=cwd)
+    no_row = [word for word in overrides if "row_length" not in word]
+    assert "data.row_length is 128 in block_causal and 32 in longer" in refused(
+        "compare", "block_causal", longer, *no_row, cwd=cwd
+    )
+    for words, message in (
+        (["model.blok=3"], "none of the recipes takes model.blok"),
+        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
+        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--steps", "0"], "--steps must be above 0, not 0"),
+        (["--forward-tokens", "-1"], "--forward-tokens must be above 0, not -1"),
+        (["--tasks", "dance"], "there is no task dance"),
+        (["--prompts", "-1"], "--prompts must be at least 0"),
+    ):
+        assert message in refused("compare", "block_causal", *overrides, *words, cwd=cwd)
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "a.txt").write_text("mine")
+    assert "already holds something else" in refused("compare", "block_causal", *overrides, "--run", "full", cwd=cwd)
+
+
+def test_another_comparison_in_the_folder_is_refused(compared, refused, small):
+    place, _ = compared
+    said = refused("compare", *ARMS[:2], *small(), "--steps", STEPS, "--run", "here", cwd=place.parent)
+    assert "holds a comparison with overrides" in said
+
+
+def test_a_comparison_under_way_is_not_joined(compared, refused, small):
+    from dlm_lightning import runs
+
+    place, _ = compared
+    plan = json.loads((place / "comparison.json").read_text())
+    words = [*ARMS[:2], *plan["overrides"], "--steps", STEPS, "--run", "here", "--tasks", "copy", "--prompts", 2]
+    with runs.held(place / ".lock", ""):
+        assert "another process is comparing" in refused("compare", *words, cwd=place.parent)
