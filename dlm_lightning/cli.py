@@ -9,6 +9,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Sequence
+from importlib import util
 from itertools import takewhile, zip_longest
 from pathlib import Path
 from textwrap import wrap
@@ -220,22 +221,61 @@ def _generate(argv: list[str]) -> int:
 def _eval(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(
         prog="dlm eval",
-        usage="dlm eval RUN [--tasks NAME …] [--prompts N] [key=value …]",
-        description="Measure all that runs are compared by on a run's newest checkpoint: evaluation.json in the run.",
+        usage="dlm eval RUN [--tasks NAME …] [--prompts N] [key=value …] [options]",
+        description="Measure a run's newest checkpoint: all that runs are compared by, and tasks (evaluation.json); "
+        "or, if --tasks names some of lm-evaluation-harness, those (lm_eval.json).",
     )
     parser.add_argument("run", metavar="RUN", help="a run folder")
-    parser.add_argument("--tasks", metavar="NAME", nargs="+", help="which to ask; default all that the run trains on")
-    parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="for this time only, such as data.val_rows=64"
     )
+    parser.add_argument("--tasks", metavar="NAME", nargs="+", help="which to ask; default all that the run trains on")
+    parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
+    harness = parser.add_argument_group("tasks of lm-evaluation-harness (the extra eval)")
+    harness.add_argument("--include", metavar="DIR", help="a folder with more of them")
+    harness.add_argument(
+        "--plan", metavar="PLAN", help="a decoder: a YAML, or a name of `dlm list`; default by pattern"
+    )
+    harness.add_argument(
+        "--likelihood", metavar="HOW", default="bound", help="bound (default), or chain: exact and slow"
+    )
+    harness.add_argument("--samples", metavar="N", type=int, default=16, help="noise draws of a bound; default 16")
+    harness.add_argument("--seed", metavar="N", type=int, default=0, help="of these draws; default 0")
+    harness.add_argument("--limit", metavar="N", type=int, help="questions of each task; default all")
+    harness.add_argument("--shots", metavar="N", type=int, help="examples before each question; default the task's own")
+    harness.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
+    harness.add_argument("--batch", metavar="N", type=int, default=8, help="questions at a time; default 8")
     args = parser.parse_intermixed_args(argv)
-    from dlm_lightning.evaluation import evaluate
-
-    tasks = [word for word in args.tasks or () if "=" not in word] or None
+    named = [name.strip() for word in args.tasks or () if "=" not in word for name in word.split(",") if name.strip()]
     overrides = [*args.overrides, *(word for word in args.tasks or () if "=" in word)]
-    print(evaluate(args.run, tasks, args.prompts, overrides))
+    runs.open_run(args.run)
+    from dlm_lightning.tasks import NAMES
+
+    ours, others = [name for name in named if name in NAMES], [name for name in named if name not in NAMES]
+    if others:
+        _ask_harness(args, others)
+    if ours or not others:
+        from dlm_lightning.evaluation import evaluate
+
+        print(evaluate(args.run, ours or None, args.prompts, overrides))
     return 0
+
+
+def _ask_harness(args: argparse.Namespace, names: list[str]) -> None:
+    if not util.find_spec("lm_eval"):
+        raise ValueError(
+            f"there is no task {names[0]} here, and those of lm-evaluation-harness need "
+            "`pip install 'dlm_lightning[eval]'`"
+        )
+    if args.batch < 1:
+        raise ValueError(f"--batch must be at least 1, not {args.batch}")
+    from dlm_lightning.harness import Estimate, evaluate
+
+    estimate = Estimate(args.likelihood, args.samples, args.seed)
+    asked = {name: getattr(args, name) for name in ("plan", "include", "limit", "shots", "chat", "batch")}
+    path = evaluate(args.run, names, estimate=estimate, **asked)
+    if runs.is_first_process():
+        print(path)
 
 
 def _compare(argv: list[str]) -> int:
