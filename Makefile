@@ -1,6 +1,7 @@
 # make demo   the main job on embedded real data          make check      linter, formatter, types
 # make test   the tests not marked slow                   make test-all   also the slow ones
 # make dev    only the environment, .venv                 make fuzz       recipes and command lines at random, CASES= SEED=
+# make study-sources, make study   do the papers' findings hold here? an hour, then an hour and a half on two cores
 # make chaos  100 kills, an hour (docs/results/reliability.md)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -11,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 # the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dev demo test test-all test-slow fuzz chaos check
+.PHONY: dev demo test test-all test-slow fuzz chaos check study-sources study
 dev: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -36,6 +37,13 @@ test-slow: dev
 	$(BIN)/pytest -m slow
 
 test-all: test test-slow
+
+study-sources: dev
+	$(BIN)/python benchmarks/study.py sources
+
+study: study-sources
+	$(BIN)/python benchmarks/study.py arms
+	$(BIN)/python benchmarks/study.py verdicts
 
 chaos: dev
 	$(BIN)/python benchmarks/chaos.py --kills 100 --seed 0 --write

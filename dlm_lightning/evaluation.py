@@ -38,7 +38,11 @@ from dlm_lightning.view import AUTOREGRESSIVE
 log = logging.getLogger(__name__)
 RESULT = "evaluation.json"
 ONE_DEVICE = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false"]
-THRESHOLDS = (0.5, 0.7, 0.9, 1.0)  # of the decoding frontier; at 1 a forward fills one mask
+ONE_BY_ONE = "one by one"  # an autoregressive model's decoder
+DECODERS = {  # of the frontier, around each model's own plan
+    **{f"threshold {x}": Threshold(x) for x in (0.5, 0.7, 0.9)},
+    **{f"{k} per forward": Threshold(1e-9, at_most=k) for k in (1, 2, 4, 8)},
+}
 BATCH = 32  # prompts decoded together
 GRADIENT_BATCHES = 4
 SAMPLES, SAMPLE_TOKENS = 3, 48
@@ -131,18 +135,19 @@ def _likelihood(cli: LightningCLI, start: Path) -> dict[str, Any]:
 
 
 def _tasks(recipe: Recipe, asked: dict[str, list[Question]]) -> Iterator[dict[str, Any]]:
-    """A record per task and threshold: counts of what is right, tokens, forwards, seconds."""
+    """A record per task and decoder: counts of what is right, tokens, forwards, seconds."""
     plan = read(suited(recipe.denoiser), [])
-    thresholds = [None] if recipe.pattern == AUTOREGRESSIVE else THRESHOLDS
+    plans = {name: replace(plan, selector=selector) for name, selector in DECODERS.items()}
+    plans = {ONE_BY_ONE: plan} if recipe.pattern == AUTOREGRESSIVE else plans
     for task, its in asked.items():
-        ids = [recipe.tokenizer(question.prompt, add_special_tokens=False)["input_ids"] for question in its]
-        longest = max(len(recipe.tokenizer(q.answer, add_special_tokens=False)["input_ids"]) for q in its)
-        stopper = Stopper(longest + 2, strings=("\n",) if task == PYTHON else ())
-        for threshold in thresholds:
-            chosen = replace(plan, stopper=stopper)
-            if threshold is not None:
-                chosen = replace(chosen, selector=Threshold(threshold))
-            yield {"task": task, "threshold": threshold, "count": len(its), **_asked(recipe, its, ids, chosen)}
+        ids, answers = (
+            [recipe.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+            for texts in ([q.prompt for q in its], [q.answer for q in its])
+        )
+        stopper = Stopper(max(map(len, answers)) + 2, strings=("\n",) if task == PYTHON else ())
+        for name, its_plan in plans.items():
+            record = _asked(recipe, its, ids, replace(its_plan, stopper=stopper))
+            yield {"task": task, "decoder": name, "count": len(its), **record}
 
 
 def _asked(recipe: Recipe, its: list[Question], ids: list[list[int]], plan: Plan) -> dict[str, Any]:
@@ -177,12 +182,11 @@ def show(result: dict[str, Any]) -> None:
     console.print(table)
     if not result.get("tasks"):
         return
-    table = Table("task", "threshold", "asked", "exact match", "TPF", title="tasks", title_justify="left")
+    table = Table("task", "decoder", "asked", "exact match", "TPF", title="tasks", title_justify="left")
     for row in result["tasks"]:
         per_forward = row["tokens"] / max(1, row["forwards"])
         exact = f"{row['exact'] / row['count']:.1%}" if row["count"] else ""
-        threshold = "" if row["threshold"] is None else f"{row['threshold']:g}"
-        table.add_row(row["task"], threshold, str(row["count"]), exact, f"{per_forward:.2f}")
+        table.add_row(row["task"], row["decoder"], str(row["count"]), exact, f"{per_forward:.2f}")
     console.print(table)
 
 

@@ -16,10 +16,13 @@ import yaml
 
 from dlm_lightning import evaluation
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE
+from dlm_lightning.evaluation import ONE_BY_ONE
 from dlm_lightning.loggers import read_metrics
 from dlm_lightning.runs import CONFIG, METRICS, ORIGIN
+from dlm_lightning.tasks import PYTHON
 
 PLAN = "comparison.json"  # of a comparison's folder
+DECODER = "threshold 0.9"  # that arms are compared by where there is room for one
 SEEDS = ("seed_everything", "data.seed")
 PLACES = ("trainer.default_root_dir", "trainer.logger", "data.cache_dir", "data.num_workers")
 COLORS = ("#3f7fd6", "#dd7a2b", "#2f9e6e", "#b25bc0", "#c2941f", "#d1495b", "#4aa5b5", "#8a6d5a")  # on white and black
@@ -107,20 +110,20 @@ class Run:
                 by_step.setdefault(step, []).append(value)
         return [(step, statistics.fmean(values)) for step, values in sorted(by_step.items())]
 
-    def accuracy(self, task: str | None = None, threshold: float | None = 0.9, name: str = "exact") -> float | None:
+    def accuracy(self, task: str | None = None, decoder: str = DECODER, name: str = "exact") -> float | None:
         """The share of answers that are right, of a task or the mean over all generated ones."""
-        rows = [row for row in self.rows(threshold) if name in row and row["count"]]
-        chosen = [row for row in rows if row["task"] == task or (task is None and row["task"] != "python")]
+        rows = [row for row in self.rows(decoder) if name in row and row["count"]]
+        chosen = [row for row in rows if row["task"] == task or (task is None and row["task"] != PYTHON)]
         return statistics.fmean(row[name] / row["count"] for row in chosen) if chosen else None
 
-    def per_forward(self, task: str | None = None, threshold: float | None = 0.9) -> float | None:
-        """TPF over the same questions."""
-        chosen = [row for row in self.rows(threshold) if task in (row["task"], None) and row["forwards"]]
+    def per_forward(self, task: str | None = None, decoder: str = DECODER) -> float | None:
+        """TPF over the questions of a task or of all of them."""
+        chosen = [row for row in self.rows(decoder) if task in (row["task"], None) and row["forwards"]]
         return sum(r["tokens"] for r in chosen) / sum(r["forwards"] for r in chosen) if chosen else None
 
-    def rows(self, threshold: float | None) -> list[dict[str, Any]]:
-        """The records of a threshold; an autoregressive model has none."""
-        return [row for row in self.found.get("tasks") or [] if row["threshold"] in (threshold, None)]
+    def rows(self, decoder: str) -> list[dict[str, Any]]:
+        """The records of a decoder; an autoregressive model has its own instead of any."""
+        return [row for row in self.found.get("tasks") or [] if row["decoder"] in (decoder, ONE_BY_ONE)]
 
 
 @dataclass

@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
 from dlm_lightning.callbacks.weight_drift import COLUMNS, OUTSIDE
+from dlm_lightning.evaluation import ONE_BY_ONE
 from dlm_lightning.report.content import Arm, Run
 from dlm_lightning.tally import NAMES
 
@@ -36,6 +37,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
 }
+Rate = Callable[[Run, str], float | None]
 Series = Callable[[Run], Sequence[tuple[float, float]]]
 
 
@@ -227,37 +229,49 @@ def drift_and_accuracy(arms: Sequence[Arm]) -> Drawn | None:
 
 
 def frontier(arms: Sequence[Arm]) -> Drawn | None:
-    """Exact match against tokens per forward and per second, a line over thresholds."""
+    """Exact match against tokens per forward and per second, a line over decoders of a kind."""
     figure, drawn = _figure(8.4, 3.5), False
-    rates: list[tuple[str, Callable[[Run, float | None], float | None]]] = [
-        ("tokens per forward", lambda run, threshold: run.per_forward(None, threshold)),
+    rates: list[tuple[str, Rate]] = [
+        ("tokens per forward", lambda run, decoder: run.per_forward(None, decoder)),
         ("tokens per second", _per_second),
     ]
+    kinds = [("threshold", "o-"), ("per forward", "s:"), (ONE_BY_ONE, "o")]
     for number, (label, rate) in enumerate(rates, 1):
         axes = figure.add_subplot(1, 2, number)
         for arm in arms:
-            points = []
-            for threshold in dict.fromkeys(
-                row["threshold"] for run in arm.runs for row in run.found.get("tasks") or []
-            ):
-                right = arm.values(lambda run, x=threshold: run.accuracy(None, x))  # type: ignore[misc]
-                fast = arm.values(lambda run, x=threshold: rate(run, x))  # type: ignore[misc]  # noqa: B023
-                if right and fast:
-                    points.append((sum(fast) / len(fast), sum(right) / len(right)))
-            if points:
-                axes.plot(*zip(*points, strict=True), "o-", color=arm.color, label=arm.title, markersize=4)
-                drawn = True
+            for kind, style in kinds:
+                points = _frontier(arm, kind, rate)
+                if points:
+                    x, y = zip(*points, strict=True)
+                    name = "_" if kind == "per forward" else arm.title  # once in the legend
+                    axes.plot(x, y, style, color=arm.color, label=name, markersize=4)
+                    drawn = True
         axes.set(xlabel=label, ylabel="exact match" if number == 1 else "")
         _tidy(axes)
         axes.set_xlim(left=0)
         axes.yaxis.set_major_formatter(PercentFormatter(1, decimals=0))
     _legend(figure, arms)
-    note = "Means over the generated tasks and seeds; a point is a threshold. Seconds are of batches of prompts."
+    note = (
+        "Means over the generated tasks and seeds. Lines with dots: every mask surer than 0.5, 0.7 or 0.9; "
+        "dotted with squares: 1, 2, 4, 8 masks per forward. Seconds are of prompts in batches."
+    )
     return _drawn("The frontier of accuracy and speed", note, figure) if drawn else None
 
 
-def _per_second(run: Run, threshold: float | None) -> float | None:
-    rows = [row for row in run.rows(threshold) if row["seconds"]]
+def _frontier(arm: Arm, kind: str, rate: Rate) -> list[tuple[float, float]]:
+    """(rate, exact match) of each decoder of a kind, means over seeds."""
+    decoders = dict.fromkeys(row["decoder"] for run in arm.runs for row in run.found.get("tasks") or [])
+    points = []
+    for decoder in decoders:
+        right = arm.values(lambda run, d=decoder: run.accuracy(None, d))  # type: ignore[misc]
+        fast = arm.values(lambda run, d=decoder: rate(run, d))  # type: ignore[misc]
+        if kind in decoder and right and fast:
+            points.append((sum(fast) / len(fast), sum(right) / len(right)))
+    return points
+
+
+def _per_second(run: Run, decoder: str) -> float | None:
+    rows = [row for row in run.rows(decoder) if row["seconds"]]
     return sum(row["tokens"] for row in rows) / sum(row["seconds"] for row in rows) if rows else None
 
 

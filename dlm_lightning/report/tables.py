@@ -11,6 +11,7 @@ from itertools import combinations
 
 from dlm_lightning.report.content import Arm, Run
 from dlm_lightning.report.pairs import paired
+from dlm_lightning.tasks import PYTHON
 
 METRICS = ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank")
 SIZES = ("1", "4", "16", "32")
@@ -158,29 +159,26 @@ def _ratio(a: float | None, b: float | None) -> float | None:
 
 
 def tasks(arms: Sequence[Arm]) -> Table:
-    """Every task at every threshold."""
-    rows = []
+    """Every task with every decoder."""
     named = dict.fromkeys(row["task"] for arm in arms for run in arm.runs for row in run.found.get("tasks") or [])
-    for arm in arms:
-        thresholds = dict.fromkeys(row["threshold"] for run in arm.runs for row in run.found.get("tasks") or [])
-        for threshold in thresholds:
-            cells = []
-            for task in named:
-                cells.append(spread(arm.values(lambda run, t=task, x=threshold: run.accuracy(t, x)), 0, True))  # type: ignore[misc]
-                if task == "python":
-                    for name in ("identifiers", "parses"):
-                        values = arm.values(lambda run, x=threshold, n=name: run.accuracy("python", x, n))  # type: ignore[misc]
-                        cells.append(spread(values, 0, True))
-            per_forward = spread(arm.values(lambda run, x=threshold: run.per_forward(None, x)), 2)  # type: ignore[misc]
-            rows.append([arm.title, "–" if threshold is None else f"{threshold:g}", *cells, per_forward])
-    heads: list[str] = []
+    columns: list[tuple[str, str, str]] = []  # head, task, what is counted
     for task in named:
-        heads += ["python", "its identifiers", "it parses"] if task == "python" else [task]
+        columns.append((task, task, "exact"))
+        columns += [("its identifiers", task, "identifiers"), ("it parses", task, "parses")] if task == PYTHON else []
+    rows = []
+    for arm in arms:
+        for decoder in dict.fromkeys(row["decoder"] for run in arm.runs for row in run.found.get("tasks") or []):
+            cells = [
+                spread(arm.values(lambda run, t=task, d=decoder, n=name: run.accuracy(t, d, n)), 0, True)  # type: ignore[misc]
+                for _, task, name in columns
+            ]
+            per_forward = spread(arm.values(lambda run, d=decoder: run.per_forward(None, d)), 2)  # type: ignore[misc]
+            rows.append([arm.title, decoder, *cells, per_forward])
     note = (
         "Exact match of held-out questions; a task's name is followed by its answers' lengths in characters. TPF: "
-        "tokens per forward over all tasks."
+        "tokens per forward over all tasks. Thresholds fill every mask surer than that, others so many per forward."
     )
-    return Table("Tasks", ["arm", "threshold", *heads, "TPF"], rows, note)
+    return Table("Tasks", ["arm", "decoder", *(head for head, *_ in columns), "TPF"], rows, note)
 
 
 def work(arms: Sequence[Arm]) -> Table:

@@ -115,3 +115,11 @@ def test_frozen_weights_need_no_gradient_of_their_own():
 
 def test_it_holds_no_state():
     assert Throughput().state_dict() == {}
+
+
+def test_peak_memory_is_that_of_this_process():
+    """What is held now at least, and it grows with what is held."""
+    before = throughput.peak_memory(torch.device("cpu"))
+    held = torch.ones(40 * 2**20)  # of 160 MiB, written to
+    after = throughput.peak_memory(torch.device("cpu"))
+    assert after >= held.numel() * 4 and after >= before > 2**26
