@@ -257,7 +257,9 @@ def _eval(argv: list[str]) -> int:
     if ours or not others:
         from dlm_lightning.evaluation import evaluate
 
-        print(evaluate(args.run, ours or None, args.prompts, overrides))
+        path = evaluate(args.run, ours or None, args.prompts, overrides)
+        if runs.is_first_process():
+            print(path)
     return 0
 
 

@@ -251,10 +251,14 @@ class Recipe(Conversion):
         checkpoint[FACTS] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Refuse a checkpoint of another recipe, source, batch …, naming the difference; or go on where it stood."""
+        """Refuse a checkpoint of another recipe, source, batch …, naming the difference; or go on where it stood.
+
+        To be measured only, its weights must be read as they were trained.
+        """
         if FACTS not in checkpoint:
             raise ValueError("this checkpoint was not written by dlm_lightning")
-        agree(checkpoint[FACTS], self.facts())
-        if self.trainer.state.fn == "fit" and checkpoint["global_step"] >= self.trainer.max_steps:
+        training = self.trainer.state.fn == "fit"
+        agree(checkpoint[FACTS], self.facts() if training else self.reading())
+        if training and checkpoint["global_step"] >= self.trainer.max_steps:
             raise ValueError(f"the checkpoint is finished: it has made all of its {checkpoint['global_step']} steps")
         rewind(checkpoint, self.trainer.accumulate_grad_batches)

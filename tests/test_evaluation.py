@@ -11,6 +11,7 @@ import torch
 from dlm_lightning import checkpoint, evaluation
 from dlm_lightning.callbacks.yardstick import STREAM
 from dlm_lightning.likelihood import Blocks, bound, redrawn
+from dlm_lightning.report.content import flat
 from dlm_lightning.training import reopen
 
 
@@ -55,6 +56,22 @@ def test_every_task_is_asked_with_every_decoder(measured):
         assert row["count"] == 3 and 0 <= row["exact"] <= 3 and row["tokens"] > 0
     k = {row["decoder"]: row["tokens"] / row["forwards"] for row in rows if row["task"] == "copy 4-10"}
     assert k["1 per forward"] <= 1 < k["4 per forward"] <= 4 < k["8 per forward"] <= 8
+
+
+@pytest.mark.parametrize("strategy", ["ddp", "fsdp2"])
+def test_ranks_share_out_the_rows(strategy, finished, dlm, tmp_path):
+    """Six rows in batches of four: on two ranks, one of them is filled up with padding."""
+    found = []
+    for words in ([], ["trainer.devices=2", f"trainer.strategy={strategy}"]):
+        said = dlm("eval", finished, *words, "--prompts", 0, cwd=tmp_path)
+        assert said.stdout.count("evaluation.json") == 1
+        found.append(evaluation.load(finished))
+    alone, together = found
+    assert ("gradient" in together) == (strategy == "ddp")
+    for name in ("bound", "val", "representation", "profile"):
+        a, b = (flat({name: part[name]}) for part in (alone, together))
+        assert b == pytest.approx(a, rel=1e-3), name
+    assert together["work"] == alone["work"]
 
 
 def test_what_was_measured_at_an_earlier_step_no_longer_counts(measured):
