@@ -123,6 +123,8 @@ def compare(
         for line in notes:
             log.info("note: %s", line)
         work.settle({arm: _parsed(path, overrides) for arm, path in arms.items()}, budget)
+        of_arms = ", ".join(f"{arm} {steps:,}" for arm, steps in work.steps.items())
+        log.info("%d runs in %s, by steps of each arm: %s", len(work.steps) * seeds, place, of_arms)
         failed = work.run_all()
         path = report.write(expand([str(place)]), place)
         if failed:
