@@ -1,7 +1,7 @@
 # make demo   the main job on embedded real data          make check      linter, formatter, types
 # make test   the tests not marked slow                   make test-all   also the slow ones
 # make dev    only the environment, .venv                 make fuzz       recipes and command lines at random, CASES= SEED=
-# make study-sources, make study   do the papers' findings hold here? an hour, then an hour and a half on two cores
+# make study-sources, study, study-full   do the papers' findings hold here? an hour, an hour and a half, and two more
 # make chaos  100 kills, an hour (docs/results/reliability.md)
 SHELL := /bin/bash
 PYTHON ?= python3
@@ -12,7 +12,7 @@ export HF_HUB_OFFLINE ?= 1
 # the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dev demo test test-all test-slow fuzz chaos check study-sources study
+.PHONY: dev demo test test-all test-slow fuzz chaos check study-sources study study-full
 dev: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -43,6 +43,10 @@ study-sources: dev
 
 study: study-sources
 	$(BIN)/python benchmarks/study.py arms
+	$(BIN)/python benchmarks/study.py verdicts
+
+study-full: study
+	$(BIN)/python benchmarks/study.py full
 	$(BIN)/python benchmarks/study.py verdicts
 
 chaos: dev

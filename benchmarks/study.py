@@ -1,7 +1,8 @@
 """Do the papers' findings hold here? Two small AR sources, converted in several ways with the same work, over seeds.
 
     python benchmarks/study.py sources   # trains the sources of benchmarks/study/: within an hour on two cores
-    python benchmarks/study.py arms      # converts them, all arms with three seeds; finished runs are kept
+    python benchmarks/study.py arms      # items 1, 2 and 4: converts them, three seeds; finished runs are kept
+    python benchmarks/study.py full      # the other items
     python benchmarks/study.py verdicts  # writes docs/results/study.md and .json from what is there
 
 Every step goes on where it was cut off. A finding **reproduces** or **contradicts** if all same-seed pairs of both
@@ -17,13 +18,18 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlm_lightning.decode.selector import Threshold
+from dlm_lightning.evaluation import ask
+from dlm_lightning.generate import read
 from dlm_lightning.report.content import Run, expand, read_run
 from dlm_lightning.report.pairs import Paired
 from dlm_lightning.report.tables import spread
+from dlm_lightning.tasks import questions
+from dlm_lightning.training import quiet, restore
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "study"
@@ -42,6 +48,22 @@ ARMS = (
     "block_tilt_05",
     "block_right_to_left",
 )
+FULL = (
+    "block_4",
+    "block_64",
+    "complementary",
+    "complementary_noisy",
+    "independent_views",
+    "lr_low",
+    "lr_high",
+    "lora_4",
+    "lora_32",
+)
+GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a block's parts, and tokens per forward
+    **{arm: [("block", size, k) for size in (4, 16, 64) for k in (1, 4)] for arm in ("block_4", "block", "block_64")},
+    "complementary": [(kind, size, 4) for kind in ("block", "part") for size in (2, 4, 8, 16)],
+}
+GRID = "grid.json"
 SEEDS = 3
 PROMPTS = 24
 LEARNED = 0.9  # exact match of the source on a task that is kept
@@ -68,13 +90,42 @@ def sources() -> None:
         list(pool.map(one, SOURCES))
 
 
-def arms(jobs: int) -> None:
-    """All arms of both sources, as two comparisons."""
+def arms(folder: str, names: Sequence[str], jobs: int, *options: str) -> None:
+    """Arms of both sources, as two comparisons."""
     for source in SOURCES:
-        recipes = [RECIPES / "arms" / f"{arm}.yaml" for arm in ARMS]
+        recipes = [RECIPES / folder / f"{arm}.yaml" for arm in names]
         model = f"model.source={RUNS / 'sources' / source}"
-        options = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / source]
-        dlm("compare", *recipes, model, *options)
+        given = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / folder / source]
+        dlm("compare", *recipes, model, *given, *options)
+
+
+def grids() -> None:
+    """Decode what is decoded in more ways than `dlm eval` does; kept in each run."""
+    quiet()
+    for source in SOURCES:
+        for (arm, _), run in runs_of(source).items():
+            if arm in GRIDS and not (run.path / GRID).is_file():
+                found = grid(run, GRIDS[arm], kept(source))
+                (run.path / GRID).write_text(json.dumps(found, indent=1) + "\n")
+
+
+def grid(run: Run, ways: Sequence[tuple[str, int, int]], titles: Sequence[str]) -> dict[str, float]:
+    """Exact match in points over tasks, by way of decoding."""
+    _, recipe, _ = restore(str(run.path))
+    recipe.eval()
+    asked = questions(recipe.trainer.datamodule, None, PROMPTS)
+    found = {}
+    for kind, size, k in ways:
+        plan = replace(read("block", []), selector=Threshold(1e-9, at_most=k))
+        plan = replace(plan, block_size=size) if kind == "block" else replace(plan, part_size=size)
+        right = [ask(recipe, asked[title], plan)["exact"] / len(asked[title]) for title in titles]
+        found[way(kind, size, k)] = 100 * sum(right) / len(right)
+    return found
+
+
+def way(kind: str, size: int, k: int) -> str:
+    """A way of decoding, in words."""
+    return f"{kind}s of {size} in decoding, {k} per forward"
 
 
 # What is found
@@ -82,7 +133,10 @@ def arms(jobs: int) -> None:
 
 @dataclass(frozen=True)
 class Finding:
-    """A paper's claim as a difference: of `arm` less `than`, in a measure, positive or negative as the paper says."""
+    """A paper's claim as a difference: of `arm` less `than`, in a measure, positive or negative as the paper says.
+
+    `against` is the measure of `than`, if it is another one.
+    """
 
     item: str
     claim: str
@@ -91,6 +145,7 @@ class Finding:
     measure: str
     sign: int
     paper: str
+    against: str = ""
 
 
 def exact(decoder: str = "threshold 0.9") -> Measure:
@@ -99,6 +154,16 @@ def exact(decoder: str = "threshold 0.9") -> Measure:
     def measure(run: Run) -> float | None:
         rows = [row for row in run.rows(decoder) if row["task"] in kept(run.path.parent.parent.name)]
         return 100 * sum(row["exact"] / row["count"] for row in rows) / len(rows) if rows else None
+
+    return measure
+
+
+def decoded(kind: str, size: int, k: int) -> Measure:
+    """What `grids` found."""
+
+    def measure(run: Run) -> float | None:
+        path = run.path / GRID
+        return json.loads(path.read_text()).get(way(kind, size, k)) if path.is_file() else None
 
     return measure
 
@@ -117,9 +182,13 @@ MEASURES: dict[str, Measure] = {
     "bound, block 16": lambda run: run.at("bound", "masked", "16"),
     "drift of attention": lambda run: run.drifted("attention", "mean_abs"),
     "drift of FFN": lambda run: run.drifted("FFN", "mean_abs"),
+    **{way(*its): decoded(*its) for its in dict.fromkeys(its for ways in GRIDS.values() for its in ways)},
 }
-ONE, TWO, FOUR, EIGHT, BOUND, ATTENTION, FFN = MEASURES
+SHOWN = tuple(name for name in MEASURES if "decoding" not in name)  # in the tables of arms
+ONE, TWO, FOUR, EIGHT, BOUND, ATTENTION, FFN = SHOWN
 UNIFORM = "block_round"
+PARTS_8, BLOCKS_8 = way("part", 8, 4), way("block", 8, 4)
+AT_4, AT_16, AT_64 = (way("block", size, 1) for size in (4, 16, 64))
 FINDINGS = [
     Finding("1", "block-wise is more accurate than bidirectional", "block", "bidirectional", ONE, 1, "+19.12 (g − c)"),
     Finding("1", "block-wise has the lower bound", "block", "bidirectional", BOUND, -1, "not given"),
@@ -146,22 +215,40 @@ FINDINGS = [
         Finding("4", "right-to-left is worse than uniform", "block_right_to_left", UNIFORM, measure, -1, paper)
         for measure, paper in zip((ONE, TWO, FOUR, EIGHT), ("−22.06", "−29.57", "−32.51", "−19.86"), strict=True)
     ),
+    Finding("3", "training blocks of 16 beat those of 4 where 16 are decoded", "block", "block_4", AT_16, 1, "+15.2"),
+    Finding("3", "and where 4 are decoded", "block", "block_4", AT_4, 1, "+12.4"),
+    Finding("3", "training blocks of 64 are worse than those of 16", "block_64", "block", AT_64, -1, "−2.8; 4B +0.9"),
+    Finding("3", "larger training blocks drift more, attention", "block_64", "block", ATTENTION, 1, "figure 4"),
+    Finding("3", "larger training blocks drift more, FFN", "block_64", "block", FFN, 1, "figure 4"),
+    Finding(
+        "5", "complementary views beat independent ones", "complementary", "independent_views", ONE, 1, "not given"
+    ),
+    Finding(
+        "6", "parts of 8 beat blocks of 8 in decoding", *["complementary"] * 2, PARTS_8, 1, "+3.5, GSM8K", BLOCKS_8
+    ),
+    Finding("7", "a lower learning rate is worse", "lr_low", "block", ONE, -1, "−0.52 (3e-6), −6.07 (1e-6)"),
+    Finding("7", "a higher learning rate is worse", "lr_high", "block", ONE, -1, "−4.04 (3e-5), −9.68 (1e-4)"),
+    Finding("7", "a higher learning rate drifts more, attention", "lr_high", "block", ATTENTION, 1, "stated"),
+    Finding("8", "LoRA of low rank is worse", "lora_4", "block", ONE, -1, "−10.48 (rank 16)"),
+    Finding("8", "LoRA of high rank is worse", "lora_32", "block", ONE, -1, "−7.63 (rank 64)"),
+    Finding("8", "a higher rank is better", "lora_32", "lora_4", ONE, 1, "+2.85"),
+    Finding("9", "a first token from the clean copy is better", "complementary", "complementary_noisy", ONE, 1, "none"),
 ]
 
 
 def runs_of(source: str) -> dict[tuple[str, int], Run]:
     """A source's runs by arm and seed."""
-    folder = RUNS / source
-    found = [read_run(path) for path in expand([str(folder)])] if folder.is_dir() else []
-    return {(run.recipe, run.seed): run for run in found}
+    folders = [str(place) for part in ("arms", "full") if (place := RUNS / part / source).is_dir()]
+    return {(run.recipe, run.seed): run for run in map(read_run, expand(folders))}
 
 
 def judge(finding: Finding, runs: Sequence[dict[tuple[str, int], Run]]) -> dict[str, Any]:
     """A finding's pairs over all sources and seeds, and the verdict."""
-    measure, differences = MEASURES[finding.measure], []
+    sides = [(finding.arm, MEASURES[finding.measure]), (finding.than, MEASURES[finding.against or finding.measure])]
+    differences = []
     for of_source in runs:
         for seed in range(SEEDS):
-            values = [measure(of_source[arm, seed]) for arm in (finding.arm, finding.than) if (arm, seed) in of_source]
+            values = [measure(of_source[arm, seed]) for arm, measure in sides if (arm, seed) in of_source]
             if len(values) == 2 and None not in values:
                 differences.append(values[0] - values[1])  # type: ignore[operator]
     if not differences:
@@ -191,12 +278,12 @@ def verdict_table(judged: Sequence[tuple[Finding, dict[str, Any]]]) -> str:
 
 def arm_table(source: str, runs: dict[tuple[str, int], Run]) -> str:
     """Means over seeds of every measure."""
-    lines = [f"| `{source}`: arm | seeds | {' | '.join(MEASURES)} |", "|---" * (len(MEASURES) + 2) + "|"]
-    for arm in (*ARMS, "control"):
+    lines = [f"| `{source}`: arm | seeds | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 2) + "|"]
+    for arm in (*ARMS, "control", *FULL):
         its = [runs[arm, seed] for seed in range(SEEDS) if (arm, seed) in runs]
         cells = []
-        for name, measure in MEASURES.items():
-            values = [value for run in its if (value := measure(run)) is not None]
+        for name in SHOWN:
+            values = [value for run in its if (value := MEASURES[name](run)) is not None]
             cells.append(spread(values, 4 if "drift" in name else 3 if name == BOUND else 1))
         if its:
             lines.append(f"| `{arm}` | {len(its)} | {' | '.join(cells)} |")
@@ -233,13 +320,16 @@ def verdicts() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("sources", "arms", "verdicts"))
+    parser.add_argument("part", choices=("sources", "arms", "full", "verdicts"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     if args.part == "sources":
         sources()
     elif args.part == "arms":
-        arms(args.jobs)
+        arms("arms", ARMS, args.jobs)
+    elif args.part == "full":
+        arms("full", FULL, args.jobs, "--no-control")
+        grids()
     else:
         verdicts()
 

@@ -31,7 +31,7 @@ from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.generate import read, suited
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
-from dlm_lightning.tasks import PYTHON, Question, check_names, questions
+from dlm_lightning.tasks import Question, check_names, questions
 from dlm_lightning.training import quiet, reopen
 from dlm_lightning.view import AUTOREGRESSIVE
 
@@ -140,17 +140,18 @@ def _tasks(recipe: Recipe, asked: dict[str, list[Question]]) -> Iterator[dict[st
     plans = {name: replace(plan, selector=selector) for name, selector in DECODERS.items()}
     plans = {ONE_BY_ONE: plan} if recipe.pattern == AUTOREGRESSIVE else plans
     for task, its in asked.items():
-        ids, answers = (
-            [recipe.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
-            for texts in ([q.prompt for q in its], [q.answer for q in its])
-        )
-        stopper = Stopper(max(map(len, answers)) + 2, strings=("\n",) if task == PYTHON else ())
         for name, its_plan in plans.items():
-            record = _asked(recipe, its, ids, replace(its_plan, stopper=stopper))
-            yield {"task": task, "decoder": name, "count": len(its), **record}
+            yield {"task": task, "decoder": name, "count": len(its), **ask(recipe, its, its_plan)}
 
 
-def _asked(recipe: Recipe, its: list[Question], ids: list[list[int]], plan: Plan) -> dict[str, Any]:
+def ask(recipe: Recipe, its: list[Question], plan: Plan) -> dict[str, Any]:
+    """Ask questions of one task: counts of what is right, by its name, and tokens, forwards and seconds."""
+    ids, answers = (
+        [recipe.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
+        for texts in ([q.prompt for q in its], [q.answer for q in its])
+    )
+    strings = ("\n",) if any(q.before for q in its) else ()
+    plan = replace(plan, stopper=Stopper(max(map(len, answers)) + 2, strings=strings))
     tokenizer, sums = recipe.tokenizer, {"tokens": 0, "forwards": 0, "seconds": 0.0}
     for first in range(0, len(ids), BATCH):
         options: dict[str, Any] = {"text": tokenizer.decode, "eos_ids": [tokenizer.eos_token_id]}
