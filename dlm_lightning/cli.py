@@ -306,7 +306,8 @@ def _compare(argv: list[str]) -> int:
         parser.error("which recipes? `dlm list` shows all")
     for recipe in recipes:
         catalog.find(recipe)
-    from dlm_lightning.comparison import Budget, compare
+    from dlm_lightning.comparison import compare
+    from dlm_lightning.comparison.request import Budget
 
     given = {unit: getattr(args, unit) for unit in ("steps", "forward_tokens", "seconds")}
     budget_given = [Budget(unit, amount) for unit, amount in given.items() if amount is not None]
@@ -317,7 +318,7 @@ def _compare(argv: list[str]) -> int:
         budget=budget_given[0] if budget_given else Budget(),
         folder=args.run,
         jobs=args.jobs,
-        control=not args.no_control,
+        with_control=not args.no_control,
         tasks=args.tasks,
         prompts=args.prompts,
     )

@@ -81,24 +81,14 @@ def claimed(run: Path) -> Iterator[None]:
 
     The system lets go of the claim when the process ends, however it ends.
     """
-    if not is_first_process():
+    if fcntl is None or not is_first_process():
         yield
         return
-    with held(run / ORIGIN, f"another process is training in {run}; wait for it, or end it"):
-        yield
-
-
-@contextmanager
-def held(path: Path, message: str) -> Iterator[None]:
-    """Hold a file, which is made if it is not there, against other processes; ValueError if one has it."""
-    if fcntl is None:
-        yield
-        return
-    with path.open("a") as file:
+    with (run / ORIGIN).open() as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
-            raise ValueError(message) from error
+            raise ValueError(f"another process is training in {run}; wait for it, or end it") from error
         yield
 
 

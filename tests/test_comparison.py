@@ -16,7 +16,10 @@ import pytest
 import yaml
 
 from dlm_lightning import checkpoint, evaluation
-from dlm_lightning.comparison import Budget, Comparison, _parsed, _per_step, _Work, check_same_work, taken
+from dlm_lightning.comparison import steps_of
+from dlm_lightning.comparison.arms import check_same_work, parsed, taken
+from dlm_lightning.comparison.processes import alive, alone
+from dlm_lightning.comparison.request import Budget, Comparison
 
 ARMS = ("full_bidirectional", "block_causal", "control")
 STEPS = 5
@@ -160,28 +163,61 @@ def test_overrides_go_to_the_arms_that_take_them():
     assert taken("full_bidirectional", words) == words[1:]
 
 
-def test_budgets_share_out_work(small, typed, tmp_path):
-    """Forward tokens: a row costs 1, 2 or 3 times its length; steps: the same for all."""
-    overrides = small(data__batch_size=2)
+def test_budgets_share_out_work(small, tmp_path):
+    """Forward tokens: a row costs 1, 2 or 3 times its length; steps: the same for all; less than a step is refused."""
     names = ("full_bidirectional", "block_causal", "complementary_mask")
-    parsed = {name: _parsed(name, overrides) for name in names}
-    assert [_per_step(parsed[name]) for name in names] == [48, 96, 144]
-    for unit, amount, steps in (("forward_tokens", 1440, [30, 15, 10]), ("steps", 7, [7, 7, 7])):
-        place = tmp_path / unit
-        place.mkdir()
-        (place / "comparison.json").write_text("{}")
-        work = _Work(place, Comparison({}, overrides, 1, {"unit": unit, "amount": amount}, 0, None), 1)
-        work.settle(parsed, Budget(unit, amount))
-        assert [work.steps[name] for name in names] == steps
-        assert json.loads((place / "comparison.json").read_text())["steps"] == work.steps
+    recipe_of = dict(zip(names, names, strict=True))
+
+    def steps(unit: str, amount: float | None, **more) -> list[int]:
+        overrides = small(data__batch_size=2, **more)
+        wanted = Comparison(recipe_of, overrides, 1, Budget(unit, amount), False, None, 0)
+        return list(steps_of(recipe_of, wanted, None).values())
+
+    assert steps("forward_tokens", 1440) == [30, 15, 10]
+    assert steps("steps", 7) == [7, 7, 7]
+    assert steps("steps", None, trainer__max_steps=9) == [9, 9, 9]
+    with pytest.raises(ValueError, match="less than a step of complementary_mask, which takes 144 forward_tokens"):
+        steps("forward_tokens", 143)
 
 
 def test_optimizers_that_differ_are_noted_and_data_that_differs_is_refused(small):
-    a, b = (_parsed("block_causal", small(model__lr=rate)) for rate in (1e-3, 2e-3))
+    def of(**more):
+        return parsed({"x": "block_causal"}, small(**more))["x"]
+
+    a, b, c = of(model__lr=1e-3), of(model__lr=2e-3), of(data__row_length=32)
     assert check_same_work({"a": a, "b": b}) == ["model.lr is 0.001 in a and 0.002 in b"]
-    c = _parsed("block_causal", small(data__row_length=32))
     with pytest.raises(ValueError, match=r"do not do the same work: data.row_length is 24 in a and 32 in c"):
         check_same_work({"a": a, "c": c})
+
+
+def test_processes_are_gone_with_what_began_them(tmp_path):
+    """The lock is held by what a comparison leaves behind, and let go when the last of it has left."""
+    left_behind = subprocess.Popen(
+        [sys.executable, "-c", LEAVES_A_CHILD, str(tmp_path)], stdout=subprocess.PIPE, text=True
+    )
+    child = int(left_behind.stdout.readline())
+    left_behind.kill()
+    left_behind.wait()
+    began = time.monotonic()
+    with alone(tmp_path, str(tmp_path), 1):
+        assert time.monotonic() - began > 0.5
+        assert not alive(child)
+        with pytest.raises(ValueError, match="another process is comparing"), alone(tmp_path, str(tmp_path), 1):
+            pass
+
+
+LEAVES_A_CHILD = """
+import subprocess, sys, time
+from pathlib import Path
+from dlm_lightning.comparison import processes
+with processes.alone(Path(sys.argv[1]), sys.argv[1], 1) as own:
+    slow = "import signal, time; signal.signal(signal.SIGTERM, lambda *_: (time.sleep(1), exit(143))); time.sleep(60)"
+    child = subprocess.Popen([sys.executable, "-c", slow], pass_fds=[own.lock.fileno()],
+                             preexec_fn=processes._end_with(processes.os.getpid()))
+    time.sleep(0.5)
+    print(child.pid, flush=True)
+    time.sleep(60)
+"""
 
 
 def recipe(folder: Path, name: str, text: str = "") -> str:
@@ -206,8 +242,8 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_pa
         (["model.blok=3"], "none of the recipes takes model.blok"),
         (["--seeds", "0"], "--seeds must be at least 1, not 0"),
         (["--jobs", "0"], "--jobs must be at least 1, not 0"),
-        (["--steps", "0"], "--steps must be above 0, not 0"),
-        (["--forward-tokens", "-1"], "--forward-tokens must be above 0, not -1"),
+        (["--steps", "0"], "--steps must be above 0 and finite, not 0"),
+        (["--forward-tokens", "-1"], "--forward-tokens must be above 0 and finite, not -1"),
         (["--tasks", "dance"], "there is no task dance"),
         (["--prompts", "-1"], "--prompts must be at least 0"),
     ):
@@ -223,11 +259,9 @@ def test_another_comparison_in_the_folder_is_refused(compared, refused, small):
     assert "holds a comparison with overrides" in said
 
 
-def test_a_comparison_under_way_is_not_joined(compared, refused, small):
-    from dlm_lightning import runs
-
+def test_a_comparison_under_way_is_not_joined(compared, refused):
     place, _ = compared
     plan = json.loads((place / "comparison.json").read_text())
     words = [*ARMS[:2], *plan["overrides"], "--steps", STEPS, "--run", "here", "--tasks", "copy", "--prompts", 2]
-    with runs.held(place / ".lock", ""):
+    with alone(place, str(place), 1):
         assert "another process is comparing" in refused("compare", *words, cwd=place.parent)

@@ -45,6 +45,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "plan": {"reuse", "sampling", "scorer", "selector", "stopper"},
         "decoder": {"canvas", "plan", "scorer"},
     },
+    "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {
         "__init__": {"content", "figures", "tables"},
         "figures": {"content"},
