@@ -37,8 +37,9 @@ def test_it_measures_the_newest_checkpoint(measured):
     total = tokens = 0.0
     with torch.no_grad():
         for batch in data.val_dataloader():
-            noisy, choice_BL = redrawn(batch, 0, STREAM, 0)
-            total += bound(recipe.denoiser, noisy, Blocks(4), choice_BL).share_BL.sum().item()
+            for turn in range(4):
+                noisy, _ = redrawn(batch, 0, STREAM, turn)
+                total += bound(recipe.denoiser, noisy, Blocks(4), turn).share_BL.sum().item()
             tokens += batch.maskable_BL.sum().item()
     assert found["bound"]["masked"]["4"] == pytest.approx(total / tokens, rel=1e-4)
     assert set(found["bound"]["absent"]) == {"1", "4", "16", "32"}

@@ -44,23 +44,55 @@ def recipe(source_folder):
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("make", [lambda r: r(BlockCausal, block_size=4), lambda r: r(FullBidirectional)])
-def test_it_logs_the_mean_share_of_a_token_however_rows_are_batched(make, recipe, make_batch):
-    batch, own = make_batch(ROWS, length=16), make(recipe)
-    found = validated(own, [batch], Yardstick((1, 2, 8), profile_size=2, draws=2))
-    for future in ("masked", "absent"):
-        for size in (1, 2, 8):
-            with torch.no_grad():
-                shares = [
-                    bound(own.denoiser, noisy, Blocks(size, future), choice_BL).share_BL
-                    for noisy, choice_BL in (redrawn(batch, 0, STREAM, draw) for draw in range(2))
-                ]
-            wanted = torch.stack(shares).sum() / 2 / batch.maskable_BL.sum()
-            assert found[f"bound/{future}/{size}"] == pytest.approx(wanted.item(), rel=1e-5)
-    apart = validated(
-        own, [rows(batch, 0), rows(batch, 1, 2), rows(batch, 3)], Yardstick((1, 2, 8), profile_size=2, draws=2)
-    )
+def test_it_logs_the_mean_share_of_a_token_however_rows_are_batched(recipe, make_batch):
+    """Blocks of 4 hold two of 2: two passes where the rest is masked, one where it is absent."""
+    batch, own = make_batch(ROWS, length=16), recipe(BlockCausal, block_size=4)
+    yardstick = Yardstick((1, 2, 8), profile_size=2, passes=2)
+    found = validated(own, [batch], yardstick)
+    draws = [redrawn(batch, 0, STREAM, n)[0] for n in range(2)]
+    counts = {
+        ("masked", 1): 2,
+        ("masked", 2): 2,
+        ("masked", 8): 1,
+        ("absent", 1): 1,
+        ("absent", 2): 1,
+        ("absent", 8): 1,
+    }
+    for (future, size), count in counts.items():
+        choice_BL = redrawn(batch, 0, STREAM, 0)[1]
+        with torch.no_grad():
+            shares = [
+                bound(own.denoiser, draws[n], Blocks(size, future), (n + choice_BL) / count).share_BL
+                for n in range(count)
+            ]
+        wanted = torch.stack(shares).sum() / count / batch.maskable_BL.sum()
+        assert found[f"bound/{future}/{size}"] == pytest.approx(wanted.item(), rel=1e-5)
+    apart = validated(own, [rows(batch, 0), rows(batch, 1, 2), rows(batch, 3)], yardstick)
     assert apart == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_as_many_passes_as_a_block_holds_leave_nothing_to_chance_but_the_noise(recipe, make_batch):
+    """At block size 1 there is no noise, so it is the chain rule: all turns, added up."""
+    batch, own = make_batch(ROWS, length=16), recipe(BlockCausal, block_size=4)
+    found = validated(own, [batch], Yardstick((1,), profile_size=1))
+    with torch.no_grad():
+        chain = sum(bound(own.denoiser, batch, Blocks(1), turn).share_BL.sum() for turn in range(4))
+    assert found["bound/masked/1"] == pytest.approx((chain / batch.maskable_BL.sum()).item(), rel=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_model_without_blocks_is_measured_by_the_documents_blocks_in_turn(recipe, make_batch):
+    """Three passes over a document of three blocks choose each of them once."""
+    batch, own = make_batch([[12]]), recipe(FullBidirectional)
+    found = validated(own, [batch], Yardstick((4,), profile_size=4, passes=3))
+    assert {name for name in found if name.startswith("bound")} == {"bound/masked/4"}
+    total = 0.0
+    for n in range(3):
+        noisy, _ = redrawn(batch, 0, STREAM, n)
+        with torch.no_grad():
+            total += bound(own.denoiser, noisy, Blocks(4), n).share_BL.sum().item()
+    assert found["bound/masked/4"] == pytest.approx(total / 11, rel=1e-5)
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -94,7 +126,7 @@ def test_a_size_that_does_not_divide_the_models_blocks_is_left_out_where_they_ar
 
 
 @pytest.mark.parametrize(
-    "options, message", [({"draws": 0}, "draws must be at least 1"), ({"profile_size": 5}, "one of 1")]
+    "options, message", [({"passes": 0}, "passes must be at least 1"), ({"profile_size": 5}, "one of 1")]
 )
 def test_what_cannot_be_measured_is_refused(options, message):
     with pytest.raises(ValueError, match=message):
