@@ -1,6 +1,7 @@
 """Do the papers' findings hold here? Two small AR sources, converted in several ways with the same work, over seeds.
 
     python benchmarks/study.py sources   # trains the sources of benchmarks/study/: within an hour on two cores
+    python benchmarks/study.py patterns  # the three recipes, as docs/results/comparison.md and .html show them
     python benchmarks/study.py arms      # items 1, 2 and 4: converts them, three seeds; finished runs are kept
     python benchmarks/study.py full      # the other items
     python benchmarks/study.py verdicts  # writes docs/results/study.md and .json from what is there
@@ -22,6 +23,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from dlm_lightning import report
 from dlm_lightning.decode.selector import Threshold
 from dlm_lightning.evaluation import ask
 from dlm_lightning.generate import read
@@ -64,6 +66,7 @@ GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a blo
     "complementary": [(kind, size, 4) for kind in ("block", "part") for size in (2, 4, 8, 16)],
 }
 GRID = "grid.json"
+PATTERNS = ("full_bidirectional", "block_causal", "complementary_mask")
 SEEDS = 3
 PROMPTS = 24
 LEARNED = 0.9  # exact match of the source on a task that is kept
@@ -97,6 +100,27 @@ def arms(folder: str, names: Sequence[str], jobs: int, *options: str) -> None:
         model = f"model.source={RUNS / 'sources' / source}"
         given = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / folder / source]
         dlm("compare", *recipes, model, *given, *options)
+
+
+def patterns(jobs: int) -> None:
+    """The shipped recipes from the first source, and their page in docs/results."""
+    recipes = [RECIPES / "patterns" / f"{name}.yaml" for name in PATTERNS]
+    source, place = RUNS / "sources" / SOURCES[0], RUNS / "patterns"
+    given = [f"model.source={source}", "--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", place]
+    dlm("compare", *(os.path.relpath(recipe) for recipe in recipes), *given)
+    page = ROOT / "docs" / "results" / "comparison.md"
+    write_between(page, {"tables": (place / report.MARKDOWN).read_text()})
+    page.with_suffix(".html").write_text((place / report.HTML).read_text())
+
+
+def write_between(page: Path, parts: dict[str, str]) -> None:
+    """Put texts between their marks in a document."""
+    text = page.read_text()
+    for name, part in parts.items():
+        before, rest = text.split(f"<!-- {name} -->")
+        after = rest.split("<!-- end -->", 1)[1]
+        text = f"{before}<!-- {name} -->\n{part.strip()}\n<!-- end -->{after}"
+    page.write_text(text)
 
 
 def grids() -> None:
@@ -307,12 +331,7 @@ def verdicts() -> None:
     judged = [(finding, judge(finding, list(runs.values()))) for finding in FINDINGS]
     parts = {"sources": source_table(), "verdicts": verdict_table(judged)}
     parts["arms"] = "\n\n".join(arm_table(source, runs[source]) for source in SOURCES)
-    text = OUT.read_text()
-    for name, table in parts.items():
-        before, rest = text.split(f"<!-- {name} -->")
-        after = rest.split("<!-- end -->", 1)[1]
-        text = f"{before}<!-- {name} -->\n{table}\n<!-- end -->{after}"
-    OUT.write_text(text)
+    write_between(OUT, parts)
     record = [{**vars(finding), **found} for finding, found in judged]
     OUT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(parts["verdicts"])
@@ -320,11 +339,13 @@ def verdicts() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("sources", "arms", "full", "verdicts"))
+    parser.add_argument("part", choices=("sources", "patterns", "arms", "full", "verdicts"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     if args.part == "sources":
         sources()
+    elif args.part == "patterns":
+        patterns(args.jobs)
     elif args.part == "arms":
         arms("arms", ARMS, args.jobs)
     elif args.part == "full":

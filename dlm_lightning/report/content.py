@@ -187,7 +187,9 @@ def read_run(path: Path) -> Run:
     """A run folder."""
     config = yaml.safe_load((path / CONFIG).read_text())
     origin = json.loads((path / ORIGIN).read_text())
-    named = origin["recipe"] if origin["origin"] == "dlm_lightning" else origin["path"]
+    file = Path(origin["path"])
+    file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    named = origin["recipe"] if origin["origin"] == "dlm_lightning" else str(file)
     command = [named, *origin.get("overrides", [])]
     return Run(path, origin["recipe"], command, flat(config), evaluation.load(path) or {})
 
