@@ -37,6 +37,7 @@ from dlm_lightning.view import AUTOREGRESSIVE
 
 log = logging.getLogger(__name__)
 RESULT = "evaluation.json"
+FORMAT = 1  # of what is measured; what another one says is measured anew
 ONE_DEVICE = ["--trainer.devices=1", "--trainer.num_nodes=1", "--trainer.strategy=auto", "--trainer.logger=false"]
 ONE_BY_ONE = "one by one"  # an autoregressive model's decoder
 DECODERS = {  # of the frontier, around each model's own plan
@@ -76,6 +77,8 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
         found["tasks"] = list(_tasks(recipe, asked))
         found["samples"] = _samples(recipe, cli.datamodule.prompts(SAMPLES))
     result = {
+        "format": FORMAT,
+        "asked": {"tasks": list(tasks) if tasks else None, "prompts": prompts, "overrides": list(overrides)},
         "step": checkpoint.load(start / checkpoint.STATE)["global_step"],
         "pattern": vars(recipe.pattern) | {"shift": recipe.shift},
         "work": {"forward_tokens_per_step": forward_tokens_per_step(run, recipe)},
@@ -192,9 +195,16 @@ def show(result: dict[str, Any]) -> None:
 
 
 def load(run: Path) -> dict[str, Any] | None:
-    """What was measured on a run, if it is of the newest checkpoint."""
+    """What was measured on a run, if it is of the newest checkpoint; a file that cannot be read is said and ignored."""
     if not (run / RESULT).is_file():
         return None
-    found = json.loads((run / RESULT).read_text())
+    try:
+        found = json.loads((run / RESULT).read_text())
+        step, known = found["step"], found["format"] == FORMAT and bool(found["asked"])
+    except (ValueError, TypeError, KeyError):
+        log.warning(
+            "note: %s is damaged or of another version; `dlm eval %s` measures the run again", run / RESULT, run
+        )
+        return None
     kept = checkpoint.by_step(run / checkpoint.FOLDER)
-    return found if not kept or found["step"] == kept[0][0] else None
+    return found if known and (not kept or step == kept[0][0]) else None

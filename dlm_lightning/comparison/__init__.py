@@ -194,8 +194,9 @@ def _train(run: Path, recipe: str, seed: int, wanted: Comparison, processes: Pro
 
 
 def _measure(run: Path, wanted: Comparison, processes: Processes) -> bool:
-    """Measure a run, unless it was; whether there was anything to do."""
-    if evaluation.load(run) is not None:
+    """Measure a run, unless it was, in the same way; whether there was anything to do."""
+    found = evaluation.load(run)
+    if found and found["asked"] == {"tasks": wanted.tasks, "prompts": wanted.prompts, "overrides": []}:
         return False
     tasks = ["--tasks", *wanted.tasks] if wanted.tasks else []
     processes.dlm(run.name, "eval", run, "--prompts", wanted.prompts, *tasks)
