@@ -252,6 +252,8 @@ def _eval(argv: list[str]) -> int:
     from dlm_lightning.tasks import NAMES
 
     ours, others = [name for name in named if name in NAMES], [name for name in named if name not in NAMES]
+    if others and overrides and not ours:
+        raise ValueError(f"{overrides[0]}: the tasks of lm-evaluation-harness take no overrides of a run")
     if others:
         _ask_harness(args, others)
     if ours or not others:
@@ -269,8 +271,9 @@ def _ask_harness(args: argparse.Namespace, names: list[str]) -> None:
             f"there is no task {names[0]} here, and those of lm-evaluation-harness need "
             "`pip install 'dlm_lightning[eval]'`"
         )
-    if args.batch < 1:
-        raise ValueError(f"--batch must be at least 1, not {args.batch}")
+    for name, least in (("batch", 1), ("limit", 1), ("shots", 0)):
+        if (value := getattr(args, name)) is not None and value < least:
+            raise ValueError(f"--{name} must be at least {least}, not {value}")
     from dlm_lightning.harness import Estimate, evaluate
 
     estimate = Estimate(args.likelihood, args.samples, args.seed)

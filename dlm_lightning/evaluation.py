@@ -12,6 +12,7 @@ from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
+from warnings import warn
 
 import torch
 import transformers
@@ -202,9 +203,7 @@ def load(run: Path) -> dict[str, Any] | None:
         found = json.loads((run / RESULT).read_text())
         step, known = found["step"], found["format"] == FORMAT and bool(found["asked"])
     except (ValueError, TypeError, KeyError):
-        log.warning(
-            "note: %s is damaged or of another version; `dlm eval %s` measures the run again", run / RESULT, run
-        )
+        warn(f"{run / RESULT} is damaged or of another version; `dlm eval {run}` measures the run again", stacklevel=2)
         return None
     kept = checkpoint.by_step(run / checkpoint.FOLDER)
     return found if known and (not kept or step == kept[0][0]) else None

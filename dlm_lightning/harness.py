@@ -26,8 +26,9 @@ from lm_eval import simple_evaluate
 from lm_eval.api.instance import Instance
 from lm_eval.api.model import LM
 from lm_eval.tasks import TaskManager
-from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window, make_table
+from lm_eval.utils import get_rolling_token_windows, handle_non_serializable, make_disjoint_window
 from rich.console import Console
+from rich.table import Table
 
 from dlm_lightning.catalog import nearest
 from dlm_lightning.data import conversations
@@ -347,8 +348,21 @@ def evaluate(
     _write(run / RESULT, [json.dumps(results, indent=1, default=handle_non_serializable)])
     lines = ({"task": task, **sample} for task, its in samples.items() for sample in its)
     _write(run / SAMPLES, (json.dumps(line, default=handle_non_serializable) for line in lines))
-    Console(highlight=False, soft_wrap=True).print(make_table(results))
+    Console(highlight=False).print(_table(results["results"]))
     return run / RESULT
+
+
+def _table(results: dict[str, dict[str, Any]]) -> Table:
+    """A row per task and metric."""
+    table = Table("task", "metric", "filter", "value", "standard error")
+    for task, values in results.items():
+        for name, value in values.items():
+            metric, comma, filtered = name.partition(",")
+            if comma and not metric.endswith("_stderr"):
+                error = values.get(f"{metric}_stderr,{filtered}")
+                said = f"{error:.4f}" if isinstance(error, float) else ""
+                table.add_row(task, metric, filtered, f"{value:.4f}" if isinstance(value, float) else str(value), said)
+    return table
 
 
 def _described(plan: Plan) -> dict[str, Any]:

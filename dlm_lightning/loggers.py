@@ -28,8 +28,11 @@ def read_metrics(path: Path, name: str) -> list[tuple[int, float]]:
     """(step, value) of every row of a `metrics.csv` that holds a metric; none if there is no such file."""
     if not path.is_file():
         return []
-    with path.open(newline="") as file:
-        return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    try:
+        with path.open(newline="") as file:
+            return [(int(row["step"]), float(row[name])) for row in csv.DictReader(file) if row.get(name)]
+    except (ValueError, KeyError, csv.Error) as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
 
 
 def _replace(path: Path, names: list[str], rows: list[dict[str, str]]) -> None:

@@ -44,11 +44,16 @@ addEventListener("load", () => {
 </script>"""
 
 
+def without_length(overrides: list[str]) -> list[str]:
+    """Overrides without those of a run's length, which a comparison has a budget for."""
+    return [word for word in overrides if not word.startswith(("trainer.max_steps", "trainer.val_check_interval"))]
+
+
 @pytest.fixture(scope="module")
 def compared(small, row_cache, tmp_path_factory) -> tuple[Path, str]:
     """A comparison that was killed while its second run trained and then repeated; and what the repetition said."""
     folder = tmp_path_factory.mktemp("compare")
-    overrides = small(model__block_size=4, data__batch_size=2, trainer__val_check_interval=2)
+    overrides = without_length(small(model__block_size=4, data__batch_size=2))
     command = [sys.executable, "-m", "dlm_lightning.cli", "compare", *ARMS[:2], *overrides]
     command += ["--steps", str(STEPS), "--run", "here", "--tasks", "copy", "--prompts", "2"]
     environment = {**os.environ, "XDG_CACHE_HOME": str(row_cache), "OMP_NUM_THREADS": "1"}
@@ -229,7 +234,7 @@ def recipe(folder: Path, name: str, text: str = "") -> str:
 
 
 def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_path):
-    overrides, cwd = small(), tmp_path
+    overrides, cwd = without_length(small()), tmp_path
     twin = recipe(tmp_path / "twin", "block_causal.yaml")
     longer = recipe(tmp_path, "longer.yaml", "data: {init_args: {row_length: 32}}\ntrainer: {max_steps: 9}\n")
     assert "there is no recipe blok_causal; did you mean block_causal?" in refused("compare", "blok_causal", cwd=cwd)
@@ -240,8 +245,16 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_pa
     )
     for words, message in (
         (["model.blok=3"], "none of the recipes takes model.blok"),
-        (["--seeds", "0"], "--seeds must be at least 1, not 0"),
-        (["--jobs", "0"], "--jobs must be at least 1, not 0"),
+        (["--seeds", "0"], "--seeds must be at least 1 and at most 1000, not 0"),
+        (["--seeds", "1000000000"], "at most 1000, not 1000000000"),
+        (["--jobs", "0"], "--jobs must be at least 1 and at most 1000, not 0"),
+        (["data.seed=3"], "data.seed is the comparison's to say: --seeds"),
+        (["trainer.max_steps=3", "--steps", "2"], "trainer.max_steps is the comparison's to say: --steps"),
+        (["=3"], "=3 is no override; write key=value"),
+        (["--forward-tokens", "1e300"], "1e+09 are the most"),
+        (["--forward-tokens", "5", "--run", "few"], "the budget is less than a step of block_causal"),
+        (["--run", " "], "--run needs the name of a folder"),
+        (["--run", "longer.yaml/x"], "cannot be made: Not a directory"),
         (["--steps", "0"], "--steps must be above 0 and finite, not 0"),
         (["--forward-tokens", "-1"], "--forward-tokens must be above 0 and finite, not -1"),
         (["--tasks", "dance"], "there is no task dance"),
@@ -253,9 +266,49 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_pa
     assert "already holds something else" in refused("compare", "block_causal", *overrides, "--run", "full", cwd=cwd)
 
 
+def test_a_run_that_was_trained_is_never_thrown_away(compared, typed):
+    """Nor is it trained again: a finished run that lost its config is named, and the report has the others."""
+    place, _ = compared
+    plan = json.loads((place / "comparison.json").read_text())
+    config = place / "runs" / f"{ARMS[1]}-0" / "config.yaml"
+    text = config.read_text()
+    config.unlink()
+    words = [*ARMS[:2], *plan["overrides"], "--steps", STEPS, "--run", "here", "--tasks", "copy", "--prompts", 2]
+    said = typed("compare", *words, cwd=place.parent)
+    config.write_text(text)
+    assert said.code == 1 and "has the others" in said.err
+    assert checkpoint.newest(config.parent)
+
+
+def test_what_is_damaged_is_named(compared, typed, tmp_path):
+    """A measure that cannot be read is said and left out; a run that cannot be read is refused by its file."""
+    place, _ = compared
+    for name, content, code, message in (
+        ("evaluation.json", "{", 0, "measures the run again"),
+        ("evaluation.json", "[]", 0, "measures the run again"),
+        ("origin.json", "{}", 1, "origin.json is damaged: it has no origin"),
+        ("config.yaml", "", 1, "config.yaml is damaged"),
+        ("metrics.csv", "step,val/nelbo\nx,1\n", 1, "metrics.csv is damaged"),
+    ):
+        copy = tmp_path / "copy"
+        shutil.copytree(place / "runs" / f"{ARMS[0]}-0", copy)
+        (copy / name).write_text(content)
+        said = typed("report", copy, cwd=tmp_path)
+        assert said.code == code and message in said.err + said.out, (name, said)
+        shutil.rmtree(copy)
+
+
+def test_a_run_that_was_measured_otherwise_is_pointed_out(compared, typed, tmp_path):
+    place, _ = compared
+    shutil.copytree(place / "runs" / f"{ARMS[1]}-0", tmp_path / "copy")
+    assert typed("eval", tmp_path / "copy", "--prompts", 0, "data.val_rows=2", cwd=tmp_path).code == 0
+    assert typed("report", tmp_path / "copy", cwd=tmp_path).code == 0
+    assert "| block_causal | 0 | measured with data.val_rows=2 |" in (tmp_path / "report.md").read_text()
+
+
 def test_another_comparison_in_the_folder_is_refused(compared, refused, small):
     place, _ = compared
-    said = refused("compare", *ARMS[:2], *small(), "--steps", STEPS, "--run", "here", cwd=place.parent)
+    said = refused("compare", *ARMS[:2], *without_length(small()), "--steps", STEPS, "--run", "here", cwd=place.parent)
     assert "holds a comparison with overrides" in said
 
 

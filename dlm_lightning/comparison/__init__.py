@@ -22,6 +22,7 @@ from typing import Any
 from dlm_lightning import checkpoint, evaluation, report, runs
 from dlm_lightning.comparison.arms import (
     CONTROL,
+    check_overrides,
     check_same_work,
     control,
     forward_tokens_per_step,
@@ -39,6 +40,7 @@ from dlm_lightning.training import quiet
 log = logging.getLogger(__name__)
 EMBEDDED = "runs/ar_source"  # the shipped recipes' source, trained if it is not there
 TRIAL = 12  # steps by which a step's seconds are measured; the first third is not counted
+MOST_SEEDS, MOST_STEPS = 1000, 10**9
 POINTS = 4  # validations of a run whose length the budget decides
 
 
@@ -61,18 +63,34 @@ def compare(
     """
     quiet()
     for name, value in (("--seeds", seeds), ("--jobs", jobs)):
-        if value < 1:
-            raise ValueError(f"{name} must be at least 1, not {value}")
+        if not 1 <= value <= MOST_SEEDS:
+            raise ValueError(f"{name} must be at least 1 and at most {MOST_SEEDS}, not {value}")
     evaluation.check_asked(tasks, prompts)
+    check_overrides(overrides, budget.amount is not None)
     wanted = Comparison(named(recipes), list(overrides), seeds, budget, with_control, tasks, prompts)
     notes = check_same_work(parsed(wanted.recipes, overrides))
     place, wanted = wanted.within(folder)
-    place.mkdir(parents=True, exist_ok=True)
+    if wanted.seeds > seeds:
+        notes.append(f"the comparison has {wanted.seeds} seeds already; it keeps them")
+    new = not place.exists()
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--run: {place} cannot be made: {error.strerror}") from error
+    try:
+        return _compare(wanted, notes, place, jobs)
+    except ValueError:  # refused, before anything was trained
+        if new:
+            shutil.rmtree(place, ignore_errors=True)
+        raise
+
+
+def _compare(wanted: Comparison, notes: Sequence[str], place: Path, jobs: int) -> Path:
     with alone(place, wanted.cwd, jobs) as processes, contextlib.chdir(wanted.cwd):
         wanted.save(place)
         _train_embedded_source(wanted, processes)
         recipe_of = dict(wanted.recipes)
-        if with_control:
+        if wanted.control:
             recipe_of[CONTROL] = str(control(place, next(iter(recipe_of.values()))))
         for line in notes:
             log.info("note: %s", line)
@@ -97,12 +115,20 @@ def _train_embedded_source(wanted: Comparison, processes: Processes) -> None:
         return
     try:
         locate(EMBEDDED)
+        return
     except FileNotFoundError:
         log.info("the recipes' source, %s, is not there yet; it is trained first", EMBEDDED)
-        try:
-            processes.dlm("ar_source", "fit", "ar_source")
-        except Failed as error:
-            raise RuntimeError(f"the source could not be trained: {error}") from error
+    begun = sorted((p for p in Path(EMBEDDED).glob("*") if p.name.isdigit()), key=lambda p: int(p.name))
+    going_on = bool(begun) and _began(begun[-1])
+    try:
+        processes.dlm("ar_source", *(["resume", begun[-1]] if going_on else ["fit", "ar_source"]))
+    except Failed as error:
+        raise RuntimeError(f"the source could not be trained: {error}") from error
+
+
+def _began(run: Path) -> bool:
+    """Whether a folder holds a run that can go on."""
+    return (run / runs.CONFIG).is_file() and (run / runs.ORIGIN).is_file()
 
 
 def steps_of(recipe_of: Mapping[str, str], wanted: Comparison, processes: Processes) -> dict[str, int]:
@@ -116,7 +142,7 @@ def steps_of(recipe_of: Mapping[str, str], wanted: Comparison, processes: Proces
             raise ValueError(f"the arms have different trainer.max_steps ({said}); give --steps")
         return own
     if unit == "steps":
-        return dict.fromkeys(own, round(amount))
+        return _checked(dict.fromkeys(own, round(amount)))
     if unit == "forward_tokens":
         cost: dict[str, float] = {arm: forward_tokens_per_step(cli) for arm, cli in clis.items()}
     else:
@@ -126,7 +152,14 @@ def steps_of(recipe_of: Mapping[str, str], wanted: Comparison, processes: Proces
             cost = dict(zip(clis, found, strict=True))
     if short := [arm for arm in cost if amount < cost[arm]]:
         raise ValueError(f"the budget is less than a step of {short[0]}, which takes {cost[short[0]]:.3g} {unit}")
-    return {arm: int(amount / cost[arm]) for arm in cost}
+    return _checked({arm: int(amount / cost[arm]) for arm in cost})
+
+
+def _checked(steps: dict[str, int]) -> dict[str, int]:
+    for arm, count in steps.items():
+        if count > MOST_STEPS:
+            raise ValueError(f"the budget is {count:.0e} steps of {arm}; {MOST_STEPS:.0e} are the most")
+    return steps
 
 
 def _step_seconds(arm: str, recipe: str, cli: Any, wanted: Comparison, processes: Processes) -> float:
@@ -178,11 +211,13 @@ def _run_all(recipe_of: Mapping[str, str], wanted: Comparison, place: Path, proc
 def _train(run: Path, recipe: str, seed: int, wanted: Comparison, processes: Processes) -> bool:
     """Begin or continue a run, unless it is finished; whether there was anything to do."""
     steps = wanted.steps[run.name.rpartition("-")[0]]
-    if run.is_dir() and not ((run / runs.CONFIG).is_file() and (run / runs.ORIGIN).is_file()):
+    if run.is_dir() and not _began(run):
+        if any((run / checkpoint.FOLDER).glob("*")):
+            raise Failed(f"{run} has lost its {runs.CONFIG} or {runs.ORIGIN}; put it back, or take the folder away")
         shutil.rmtree(run)  # cut off before it began
     if not run.is_dir():
         words = [f"seed_everything={seed}", f"data.seed={seed}", f"trainer.max_steps={steps}"]
-        if wanted.budget.amount is not None:
+        if wanted.budget.amount is not None and not any("trainer.val_check_interval=" in w for w in wanted.overrides):
             words.append(f"trainer.val_check_interval={max(1, steps // POINTS)}")
         processes.dlm(run.name, "fit", recipe, *taken(recipe, wanted.overrides), *words, "--run", run)
         return True

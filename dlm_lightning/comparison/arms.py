@@ -54,6 +54,17 @@ def taken(recipe: str, overrides: Sequence[str]) -> list[str]:
     return [word for word, other in zip(overrides, foreign, strict=True) if not other]
 
 
+def check_overrides(overrides: Sequence[str], budget: bool) -> None:
+    """Refuse overrides of what a comparison decides itself."""
+    own = {"seed_everything": "--seeds", "data.seed": "--seeds", **({"trainer.max_steps": "--steps"} if budget else {})}
+    for word in overrides:
+        key = word.lstrip("-").partition("=")[0]
+        if not key or not key.replace(".", "").replace("_", "").isalnum():
+            raise ValueError(f"{word} is no override; write key=value")
+        if key in own:
+            raise ValueError(f"{key} is the comparison's to say: {own[key]}")
+
+
 def parsed(arms: Mapping[str, str], overrides: Sequence[str]) -> dict[str, LightningCLI]:
     """Each arm's trainer, model and data, with the overrides that it takes; ValueError for one that none takes."""
     of_arm = {arm: taken(recipe, overrides) for arm, recipe in arms.items()}

@@ -95,6 +95,8 @@ class Comparison:
                 raise FileExistsError(f"--run {folder} already holds something else; name a new folder")
             return place.resolve(), self
         kept = Comparison.load(place)
+        if not kept.steps:  # it never began
+            return place.resolve(), self
         if key := self.difference(kept):
             was, now = (_brief(getattr(request, key)) for request in (kept, self))
             raise ValueError(f"--run {folder} holds a comparison with {key} {was}, not {now}; name a new folder")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from dlm_lightning import __version__
 from dlm_lightning.report import figures, tables
-from dlm_lightning.report.content import PLAN, arms_of, expand, read_run
+from dlm_lightning.report.content import PLAN, arms_of, expand, read_json, read_run
 from dlm_lightning.runs import METRICS
 
 HTML, MARKDOWN = "report.html", "report.md"
@@ -37,7 +36,7 @@ def _is_comparison(folders: Sequence[str]) -> bool:
 
 def write(runs: Sequence[Path], place: Path) -> Path:
     """Write `report.html` and `report.md` of these runs into a folder; returns the first one's path."""
-    plan = json.loads((place / PLAN).read_text()) if (place / PLAN).is_file() else None
+    plan = read_json(place / PLAN) if (place / PLAN).is_file() else None
     arms = arms_of([read_run(run) for run in runs])
     found = tables.all_of(arms)
     drawn = figures.all_of(arms)

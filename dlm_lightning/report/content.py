@@ -10,11 +10,12 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from dlm_lightning import evaluation
+from dlm_lightning import checkpoint, evaluation
 from dlm_lightning.callbacks.weight_drift import FOLDER, TABLE
 from dlm_lightning.evaluation import ONE_BY_ONE
 from dlm_lightning.loggers import read_metrics
@@ -46,13 +47,21 @@ class Run:
         return self.config.get("data.seed")
 
     def series(self, name: str) -> list[tuple[int, float]]:
-        """(step, value) of a logged metric."""
-        return read_metrics(self.path / METRICS, name)
+        """(steps made, value) of a logged metric; Lightning's label is one less, and 0 before the first step."""
+        found = read_metrics(self.path / METRICS, name)
+        if name.startswith("val/") and found[:1] and found[0][0] == 0:
+            return [found[0], *((label + 1, value) for label, value in found[1:])]
+        return [(label + 1, value) for label, value in found]
 
     def last(self, name: str) -> float | None:
         """The last value of a logged metric."""
         values = self.series(name)
         return values[-1][1] if values else None
+
+    def first(self, name: str) -> float | None:
+        """The first value of a logged metric, for a validation that before the first step."""
+        values = self.series(name)
+        return values[0][1] if values else None
 
     def at(self, *keys: str) -> Any:
         """What `dlm eval` found under these keys."""
@@ -63,11 +72,15 @@ class Run:
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps that were made, as far as `dlm eval` or metrics.csv know."""
-        if self.found:
-            return self.found["step"]
-        logged = self.series("train/loss")
-        return logged[-1][0] + 1 if logged else None
+        """Optimizer steps of the newest checkpoint."""
+        kept = checkpoint.by_step(self.path / checkpoint.FOLDER)
+        return self.found["step"] if self.found else max(0, kept[0][0]) if kept else None
+
+    @property
+    def unfinished(self) -> str:
+        """How far it has come of what it is to make, or nothing."""
+        wanted = self.config.get("trainer.max_steps")
+        return f"{self.steps or 0:,} of {wanted:,} steps" if wanted and (self.steps or 0) < wanted else ""
 
     def tokens(self, kind: str) -> float | None:
         """Tokens of all steps: `forward` ones exactly, `data` and `scored` ones by their share in what was logged."""
@@ -93,7 +106,10 @@ class Run:
         table = self.path / FOLDER / TABLE
         if not any(table.glob("*.parquet")):
             return []
-        rows = pq.read_table(table)
+        try:
+            rows = pq.read_table(table)
+        except (OSError, pa.ArrowInvalid) as error:
+            raise ValueError(f"{table} is damaged: {error}") from error
         return rows.filter(pc.field("step") == pc.max(rows["step"]).as_py()).to_pylist()
 
     def drifted(self, module: str, metric: str) -> float | None:
@@ -174,7 +190,7 @@ def expand(folders: Sequence[str]) -> list[Path]:
 def _by_arm(folder: Path) -> list[Path]:
     """What lies in a folder of runs, a comparison's in the order of its arms."""
     named = folder.parent / PLAN
-    arms = list(json.loads(named.read_text()).get("steps", {})) if named.is_file() else []
+    arms = list(read_json(named).get("steps", {})) if named.is_file() else []
 
     def place(path: Path) -> tuple[int, str]:
         arm = path.name.rpartition("-")[0]
@@ -184,14 +200,30 @@ def _by_arm(folder: Path) -> list[Path]:
 
 
 def read_run(path: Path) -> Run:
-    """A run folder."""
-    config = yaml.safe_load((path / CONFIG).read_text())
-    origin = json.loads((path / ORIGIN).read_text())
+    """A run folder; ValueError, naming the file, for what cannot be read."""
+    try:
+        config = flat(yaml.safe_load((path / CONFIG).read_text()))
+    except (yaml.YAMLError, ValueError, AttributeError) as error:
+        raise ValueError(f"{path / CONFIG} is damaged: {' '.join(str(error).split())}") from error
+    origin = read_json(path / ORIGIN)
+    if missing := {"recipe", "path", "origin"} - origin.keys():
+        raise ValueError(f"{path / ORIGIN} is damaged: it has no {sorted(missing)[0]}")
     file = Path(origin["path"])
     file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
     named = origin["recipe"] if origin["origin"] == "dlm_lightning" else str(file)
     command = [named, *origin.get("overrides", [])]
-    return Run(path, origin["recipe"], command, flat(config), evaluation.load(path) or {})
+    return Run(path, origin["recipe"], command, config, evaluation.load(path) or {})
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An object of a JSON file; ValueError, naming it, if there is none."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is damaged: {error}") from error
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} is damaged: it holds no object")
+    return found
 
 
 def flat(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:

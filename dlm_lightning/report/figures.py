@@ -37,6 +37,7 @@ STYLE: dict[Any, Any] = {
     **dict.fromkeys(("text.color", "axes.labelcolor", "xtick.color", "ytick.color", "axes.titlecolor"), INK),
     **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
 }
+WIDTH = 11.1  # inches, of every figure, so that letters are of one size on the page
 Rate = Callable[[Run, str], float | None]
 Series = Callable[[Run], Sequence[tuple[float, float]]]
 
@@ -56,8 +57,8 @@ def all_of(arms: Sequence[Arm]) -> list[Drawn]:
         return [drawn for maker in makers if (drawn := maker(arms))]
 
 
-def _figure(width: float, height: float) -> Figure:
-    figure = Figure(figsize=(width, height), layout="constrained")
+def _figure(height: float) -> Figure:
+    figure = Figure(figsize=(WIDTH, height), layout="constrained")
     FigureCanvasSVG(figure)
     return figure
 
@@ -92,7 +93,7 @@ def _lines(axes, arms: Sequence[Arm], series: Series) -> bool:
 
 
 def _panels(arms: Sequence[Arm], panels: Sequence[tuple[str, str, Series]], xlabel: str = "step") -> Figure | None:
-    figure = _figure(3.7 * len(panels), 3.3)
+    figure = _figure(3.3)
     drawn = False
     for number, (title, label, series) in enumerate(panels, 1):
         axes = figure.add_subplot(1, len(panels), number)
@@ -105,7 +106,7 @@ def _panels(arms: Sequence[Arm], panels: Sequence[tuple[str, str, Series]], xlab
 
 def _tidy(axes) -> None:
     """Few enough ticks that none runs into another."""
-    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.xaxis.set_major_locator(MaxNLocator(4, integer=axes.get_xlabel() == "step"))
     axes.yaxis.set_major_locator(MaxNLocator(5))
 
 
@@ -174,7 +175,7 @@ def heat_maps(arms: Sequence[Arm]) -> Drawn | None:
     across = min(4, len(shown))
     down = -(-len(shown) // across)
     lines = len(layers) + len(outside)
-    figure = _figure(0.9 + across * max(2.6, 0.42 * len(columns)), down * (1.0 + 0.3 * lines))
+    figure = _figure(down * (1.0 + 0.3 * lines))
     for number, (arm, cells) in enumerate(shown, 1):
         axes = figure.add_subplot(down, across, number)
         inside = [[cells.get((layer, group), np.nan) for group in columns] for layer in layers]
@@ -183,13 +184,14 @@ def heat_maps(arms: Sequence[Arm]) -> Drawn | None:
         axes.grid(False)
         axes.spines[:].set_visible(False)
         axes.set_title(arm.title if len(arm.title) < 30 else f"{arm.title[:29]}…")
-        axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) > 8 else 0)
+        axes.set_xticks(range(len(columns)), columns, rotation=90 if len(columns) * across > 16 else 0)
         names = [f"layer {layer}" for layer in layers] + [OUTSIDE[group] for group in outside]
         axes.set_yticks(range(lines), names if (number - 1) % across == 0 else [""] * lines)
         axes.tick_params(length=0)
     bar = figure.colorbar(image, ax=figure.axes, shrink=0.8)
     bar.outline.set_visible(False)
-    return _drawn("Drift by layer and module", "‖ΔW‖/‖W₀‖, mean over seeds, one scale for all arms.", figure)
+    note = "‖ΔW‖/‖W₀‖, mean over seeds, one scale for all arms. What belongs to no layer is a band across all columns."
+    return _drawn("Drift by layer and module", note, figure)
 
 
 def _cells(arm: Arm) -> dict[tuple[int | None, str], float]:
@@ -210,7 +212,7 @@ def drift_and_accuracy(arms: Sequence[Arm]) -> Drawn | None:
         measure, label = (lambda run: run.accuracy()), "exact match over the generated tasks"
     else:
         measure, label = (lambda run: run.at("bound", "masked", "16")), "bound at block 16, nats per token"
-    figure, drawn = _figure(8.4, 3.5), False
+    figure, drawn = _figure(3.7), False
     for number, module in enumerate(("attention", "FFN"), 1):
         axes = figure.add_subplot(1, 2, number)
         for arm in arms:
@@ -230,7 +232,7 @@ def drift_and_accuracy(arms: Sequence[Arm]) -> Drawn | None:
 
 def frontier(arms: Sequence[Arm]) -> Drawn | None:
     """Exact match against tokens per forward and per second, a line over decoders of a kind."""
-    figure, drawn = _figure(8.4, 3.5), False
+    figure, drawn = _figure(3.7), False
     rates: list[tuple[str, Rate]] = [
         ("tokens per forward", lambda run, decoder: run.per_forward(None, decoder)),
         ("tokens per second", _per_second),

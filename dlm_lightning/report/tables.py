@@ -6,7 +6,7 @@ import re
 import shlex
 import statistics
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import combinations
 
 from dlm_lightning.report.content import Arm, Run
@@ -30,9 +30,25 @@ class Table:
 
     def markdown(self) -> str:
         """With its title as a heading."""
-        head = [f"| {' | '.join(self.head)} |", "|" + "---|" * len(self.head)]
-        rows = [f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |" for row in self.rows]
+        head = [f"| {' | '.join(map(_cell, self.head))} |", "|" + "---|" * len(self.head)]
+        rows = [f"| {' | '.join(map(_cell, row))} |" for row in self.rows]
         return "\n".join([f"### {self.title}", "", *([self.note, ""] if self.note else []), *head, *rows])
+
+    @property
+    def numbers(self) -> list[bool]:
+        """Whether a column holds numbers, which are read from the right."""
+        columns = zip(*self.rows, strict=True)
+        return [not self.text and all(cell[:1] in "0123456789−+(–" for cell in column) for column in columns]
+
+    def pruned(self) -> Table:
+        """Without the columns that hold nothing."""
+        kept = [n for n, column in enumerate(zip(*self.rows, strict=True)) if set(column) != {"–"}]
+        rows = [[row[n] for n in kept] for row in self.rows]
+        return replace(self, head=[self.head[n] for n in kept], rows=rows)
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "&#124;").replace("<", "&lt;")
 
 
 def spread(values: Sequence[float], digits: int = 3, percent: bool = False) -> str:
@@ -55,6 +71,7 @@ def all_of(arms: Sequence[Arm]) -> list[Table]:
     """Every table that has something in it."""
     made = [
         summary(arms),
+        exceptions(arms),
         pairs(arms),
         bounds(arms),
         retention(arms),
@@ -63,7 +80,7 @@ def all_of(arms: Sequence[Arm]) -> list[Table]:
         work(arms),
         differing(arms),
     ]
-    return [*(table for table in made if table.rows), commands(arms)]
+    return [*(table.pruned() for table in made if table.rows), commands(arms)]
 
 
 def summary(arms: Sequence[Arm]) -> Table:
@@ -90,6 +107,21 @@ def summary(arms: Sequence[Arm]) -> Table:
     return Table("Summary", head, rows, note)
 
 
+def exceptions(arms: Sequence[Arm]) -> Table:
+    """Runs that are not like the others of their arm."""
+    rows = []
+    for arm in arms:
+        for run in arm.runs:
+            said = [f"unfinished: {run.unfinished}"] if run.unfinished else []
+            if not run.found:
+                said.append("not measured: `dlm eval` has not seen its newest checkpoint")
+            elif overrides := run.found["asked"]["overrides"]:
+                said.append(f"measured with {' '.join(overrides)}")
+            if said:
+                rows.append([arm.title, str(run.seed), "; ".join(said)])
+    return Table("Look out", ["arm", "seed", "which is"], rows, "These runs are not like the others.", text=True)
+
+
 def bounds(arms: Sequence[Arm]) -> Table:
     """The common yardstick, and each pattern's own bound."""
     rows = []
@@ -98,8 +130,8 @@ def bounds(arms: Sequence[Arm]) -> Table:
         for future in ("masked", "absent"):
             cells = [spread(arm.values(lambda run, s=size, f=future: run.at("bound", f, s))) for size in SIZES]  # type: ignore[misc]
             if any(cell != "–" for cell in cells):
-                rows.append([arm.title, future, *cells, f"{spread(own)}", str(arm.pattern.get("block_size") or "all")])
-    head = ["arm", "future", *(f"block {size}" for size in SIZES), "own NELBO", "of block"]
+                rows.append([arm.title, future, *cells, f"{spread(own)}", str(arm.pattern.get("block_size") or "–")])
+    head = ["arm", "future", *(f"block {size}" for size in SIZES), "own NELBO", "own block"]
     note = (
         "Nats per token. The same noise for all. The own NELBO is a bound under the pattern's own blocks and noise: it "
         "does not rank patterns. Future: what follows the block in the model's own block or document is masked, or not "
@@ -110,7 +142,7 @@ def bounds(arms: Sequence[Arm]) -> Table:
 
 def retention(arms: Sequence[Arm]) -> Table:
     """How much of the source is left: in its own readout, in the model's, and in its hidden states."""
-    rows = []
+    rows: list[list[str]] = []
     for arm in arms:
         layers = sorted({int(key) for run in arm.runs for key in (run.at("representation", "clean", "cka") or {})})
         if not layers:
@@ -125,6 +157,8 @@ def retention(arms: Sequence[Arm]) -> Table:
             lambda run, n=last: run.at("representation", "masked", "rankme", n),  # type: ignore[misc]
             lambda run, n=last: run.at("representation", "clean", "alpha_req", n),  # type: ignore[misc]
         ]
+        if not rows:
+            rows.append(_source_row(arms, last))
         shift = "shift" if arm.pattern.get("shift") == "next_token" else "no shift"
         rows.append([arm.title, shift, *(spread(arm.values(measure)) for measure in measures)])
     head = ["arm", "readout", "next-token NLL, source's readout", "block-1 NLL, own readout"]
@@ -134,6 +168,20 @@ def retention(arms: Sequence[Arm]) -> Table:
         "α-ReQ are of the last layer."
     )
     return Table("What is left of the AR source", head, rows, note)
+
+
+def _source_row(arms: Sequence[Arm], last: str) -> list[str]:
+    """The source itself, as the arms found it before their first step and beside them."""
+
+    def of_all(measure: Measure) -> str:
+        return spread([value for arm in arms for value in arm.values(measure)])
+
+    before = of_all(lambda run: run.first("val/ar_nll"))
+    rank, alpha = (
+        of_all(lambda run, n=name: run.at("representation", "clean", n, last))  # type: ignore[misc]
+        for name in ("source_rankme", "source_alpha_req")
+    )
+    return ["the source", "shift", before, before, "1.000", "–", rank, "–", alpha]
 
 
 def drift(arms: Sequence[Arm]) -> Table:
@@ -148,7 +196,7 @@ def drift(arms: Sequence[Arm]) -> Table:
             }
             if values["rel_fro"]:
                 cells = [spread(values[metric], 1 if metric == "stable_rank" else 4) for metric in METRICS]
-                rows.append([arm.title, module, *cells, noise if module == "attention" else ""])
+                rows.append([arm.title, module, *cells, noise if module == "attention" else "–"])
     head = ["arm", "module", "mean abs ΔW", "‖ΔW‖/‖W₀‖", "cosine", "W₁", "stable rank", "gradient, masks / data"]
     note = "The last column is the gradient's variance over masks, in units of its variance over rows of data."
     return Table("Weight drift and gradient", head, rows, note)
@@ -190,7 +238,7 @@ def work(arms: Sequence[Arm]) -> Table:
             (lambda run: _millions(run.tokens("data")), 3),
             (lambda run: _millions(run.tokens("scored")), 3),
             (lambda run: _millions(run.tokens("forward")), 3),
-            (lambda run: run.training_seconds, 0),
+            (lambda run: run.training_seconds, 1),
             (lambda run: run.last("speed/data_tokens_per_second"), 0),
             (lambda run: run.last("speed/forward_tokens_per_second"), 0),
             (lambda run: run.last("speed/peak_memory_gib"), 2),

@@ -13,7 +13,9 @@ from dlm_lightning.report.tables import Table, differing, spread
 def run(recipe: str, seed: int, block_size: int | None = 16, **config) -> Run:
     pattern = {"block_size": block_size, "context": "clean", "context_rank": "block", "shift": "none"}
     values = {"data.seed": seed, "seed_everything": seed, "trainer.default_root_dir": f"/{seed}", **config}
-    return Run(Path(f"{recipe}-{seed}"), recipe, [recipe], values, {"pattern": pattern, "step": 1})
+    return Run(
+        Path(f"{recipe}-{seed}"), recipe, [recipe], values, {"pattern": pattern, "step": 1, "asked": {"overrides": []}}
+    )
 
 
 def test_runs_that_differ_in_seed_and_place_are_one_arm():
@@ -66,3 +68,9 @@ def test_numbers_over_seeds(values, options, text):
 def test_a_table_in_markdown():
     table = Table("T", ["a", "b"], [["x|y", "1"]], "N")
     assert table.markdown().splitlines() == ["### T", "", "N", "", "| a | b |", "|---|---|", "| x&#124;y | 1 |"]
+
+
+def test_columns_that_hold_nothing_are_left_out():
+    table = Table("T", ["a", "b", "c"], [["x", "–", "1"], ["y", "–", "–"]])
+    assert table.pruned().head == ["a", "c"] and table.pruned().rows == [["x", "1"], ["y", "–"]]
+    assert table.numbers == [False, True, True]
