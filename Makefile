@@ -42,7 +42,8 @@ study-sources: dev
 	$(BIN)/python benchmarks/study.py sources
 
 study: study-sources
-	$(BIN)/python benchmarks/study.py arms
+	$(BIN)/python benchmarks/study.py context
+	$(BIN)/python benchmarks/study.py masking
 	$(BIN)/python benchmarks/study.py verdicts
 
 study-full: study

@@ -2,12 +2,14 @@
 
     python benchmarks/study.py sources   # trains the sources of benchmarks/study/: within an hour on two cores
     python benchmarks/study.py patterns  # the three recipes, as docs/results/comparison.md and .html show them
-    python benchmarks/study.py arms      # items 1, 2 and 4: converts them, three seeds; finished runs are kept
+    python benchmarks/study.py context   # items 1 and 2: converts them, three seeds; finished runs are kept
+    python benchmarks/study.py masking   # item 4
     python benchmarks/study.py full      # the other items
     python benchmarks/study.py verdicts  # writes docs/results/study.md and .json from what is there
 
-Every step goes on where it was cut off. A finding **reproduces** or **contradicts** if all same-seed pairs of both
-sources agree in sign and the 95 % interval of their mean excludes 0; or else it is **not resolvable here**.
+Every step goes on where it was cut off, and `verdicts` keeps what study.json says of runs that are no longer there. A
+finding **reproduces** or **contradicts** if all same-seed pairs of both sources agree in sign and the 95 % interval of
+their mean excludes 0; or else it is **not resolvable here**.
 """
 
 from __future__ import annotations
@@ -38,29 +40,21 @@ RECIPES = ROOT / "benchmarks" / "study"
 RUNS = Path("runs/study")
 OUT = ROOT / "docs" / "results" / "study.md"
 SOURCES = ("qwen3", "llama")
-ARMS = (
-    "bidirectional",
-    "bidirectional_shift",
-    "block_noisy",
-    "block",
-    "block_shift",
-    "block_round",
-    "block_tilt_25",
-    "block_tilt_10",
-    "block_tilt_05",
-    "block_right_to_left",
-)
-FULL = (
-    "block_4",
-    "block_64",
-    "complementary",
-    "complementary_noisy",
-    "independent_views",
-    "lr_low",
-    "lr_high",
-    "lora_4",
-    "lora_32",
-)
+PARTS = {  # the arms, by the folder of their recipes and runs
+    "context": ("bidirectional", "bidirectional_shift", "block_noisy", "block", "block_shift"),
+    "masking": ("block_round", "block_tilt_25", "block_tilt_10", "block_tilt_05", "block_right_to_left"),
+    "full": (
+        "block_4",
+        "block_64",
+        "complementary",
+        "complementary_noisy",
+        "independent_views",
+        "lr_low",
+        "lr_high",
+        "lora_4",
+        "lora_32",
+    ),
+}
 GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a block's parts, and tokens per forward
     **{arm: [("block", size, k) for size in (4, 16, 64) for k in (1, 4)] for arm in ("block_4", "block", "block_64")},
     "complementary": [(kind, size, 4) for kind in ("block", "part") for size in (2, 4, 8, 16)],
@@ -68,6 +62,7 @@ GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a blo
 GRID = "grid.json"
 PATTERNS = ("full_bidirectional", "block_causal", "complementary_mask")
 SEEDS = 3
+PAIRS = SEEDS * len(SOURCES)
 PROMPTS = 24
 LEARNED = 0.9  # exact match of the source on a task that is kept
 Measure = Callable[[Run], float | None]
@@ -93,13 +88,13 @@ def sources() -> None:
         list(pool.map(one, SOURCES))
 
 
-def arms(folder: str, names: Sequence[str], jobs: int, *options: str) -> None:
-    """Arms of both sources, as two comparisons."""
+def arms(part: str, jobs: int) -> None:
+    """Arms of both sources, as two comparisons; one part's control arm serves them all."""
     for source in SOURCES:
-        recipes = [RECIPES / folder / f"{arm}.yaml" for arm in names]
+        recipes = [RECIPES / part / f"{arm}.yaml" for arm in PARTS[part]]
         model = f"model.source={RUNS / 'sources' / source}"
-        given = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / folder / source]
-        dlm("compare", *recipes, model, *given, *options)
+        given = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / part / source]
+        dlm("compare", *recipes, model, *given, *([] if part == "context" else ["--no-control"]))
 
 
 def patterns(jobs: int) -> None:
@@ -262,7 +257,7 @@ FINDINGS = [
 
 def runs_of(source: str) -> dict[tuple[str, int], Run]:
     """A source's runs by arm and seed."""
-    folders = [str(place) for part in ("arms", "full") if (place := RUNS / part / source).is_dir()]
+    folders = [str(place) for part in PARTS if (place := RUNS / part / source).is_dir()]
     return {(run.recipe, run.seed): run for run in map(read_run, expand(folders))}
 
 
@@ -278,18 +273,65 @@ def judge(finding: Finding, runs: Sequence[dict[tuple[str, int], Run]]) -> dict[
     if not differences:
         return {"verdict": "not measured", "differences": []}
     paired = Paired(differences)
-    verdict = "not resolvable here"
-    if paired.resolved:
+    if len(differences) < PAIRS:
+        verdict = f"{len(differences)} of {PAIRS} pairs"
+    elif not paired.resolved:
+        verdict = "not resolvable here"
+    else:
         verdict = "reproduces" if paired.mean * finding.sign > 0 else "contradicts"
     return {"verdict": verdict, "differences": differences, "mean": paired.mean, "half_width": paired.half_width}
 
 
-def verdict_table(judged: Sequence[tuple[Finding, dict[str, Any]]]) -> str:
+def measured() -> dict[str, Any]:
+    """What the runs say that are there: what the sources have learned, every measure of every arm, and the verdicts."""
+    runs = {source: runs_of(source) for source in SOURCES}
+    learned, found = {}, {}
+    for source, its in runs.items():
+        path = RUNS / "sources" / source / "evaluation.json"
+        if path.is_file():
+            rows = json.loads(path.read_text())["tasks"]
+            learned[source] = {row["task"]: 100 * row["exact"] / row["count"] for row in rows}
+        by_arm: dict[str, list[Run]] = {}
+        for (arm, _), run in sorted(its.items()):
+            by_arm.setdefault(arm, []).append(run)
+        found[source] = {
+            arm: {name: values(of_arm, MEASURES[name]) for name in SHOWN} for arm, of_arm in by_arm.items()
+        }
+    findings = {name_of(finding): judge(finding, list(runs.values())) for finding in FINDINGS}
+    return {"sources": learned, "arms": found, "findings": findings}
+
+
+def values(runs: Sequence[Run], measure: Measure) -> list[float]:
+    """A measure of all runs that have it."""
+    return [value for run in runs if (value := measure(run)) is not None]
+
+
+def name_of(finding: Finding) -> str:
+    """A finding's key in study.json."""
+    return f"{finding.item}: {finding.claim}; {finding.measure}"
+
+
+def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
+    """An earlier sitting's results and this one's, which goes before where it has as many runs."""
+    result = {"sources": old["sources"] | new["sources"], "arms": {}, "findings": dict(new["findings"])}
+    for source in SOURCES:
+        arms = dict(old["arms"].get(source, {}))
+        for arm, its in new["arms"].get(source, {}).items():
+            if len(its[BOUND]) >= len(arms.get(arm, {}).get(BOUND, [])):
+                arms[arm] = its
+        result["arms"][source] = arms
+    for name, found in old["findings"].items():
+        if name in result["findings"] and len(found["differences"]) > len(result["findings"][name]["differences"]):
+            result["findings"][name] = found
+    return result
+
+
+def verdict_table(findings: dict[str, Any]) -> str:
     """In Markdown."""
     head = ["item", "finding", "measure", "difference", "pairs", "the paper's", "verdict"]
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for finding, found in judged:
-        difference = "–"
+    for finding in FINDINGS:
+        found, difference = findings[name_of(finding)], "–"
         if found["differences"]:
             digits = 4 if "drift" in finding.measure else 3 if finding.measure == BOUND else 1
             width = "" if len(found["differences"]) < 2 else f" ± {found['half_width']:.{digits}f}"
@@ -300,59 +342,52 @@ def verdict_table(judged: Sequence[tuple[Finding, dict[str, Any]]]) -> str:
     return "\n".join(lines)
 
 
-def arm_table(source: str, runs: dict[tuple[str, int], Run]) -> str:
+def arm_table(source: str, found: dict[str, dict[str, list[float]]]) -> str:
     """Means over seeds of every measure."""
     lines = [f"| `{source}`: arm | seeds | {' | '.join(SHOWN)} |", "|---" * (len(SHOWN) + 2) + "|"]
-    for arm in (*ARMS, "control", *FULL):
-        its = [runs[arm, seed] for seed in range(SEEDS) if (arm, seed) in runs]
-        cells = []
-        for name in SHOWN:
-            values = [value for run in its if (value := MEASURES[name](run)) is not None]
-            cells.append(spread(values, 4 if "drift" in name else 3 if name == BOUND else 1))
-        if its:
-            lines.append(f"| `{arm}` | {len(its)} | {' | '.join(cells)} |")
+    for arm in ("control", *(arm for arms in PARTS.values() for arm in arms)):
+        if its := found.get(arm):
+            cells = [spread(its[name], 4 if "drift" in name else 3 if name == BOUND else 1) for name in SHOWN]
+            lines.append(f"| `{arm}` | {max(map(len, its.values()))} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def source_table() -> str:
+def source_table(learned: dict[str, dict[str, float]]) -> str:
     """What the sources have learned."""
     lines = ["| source | task | exact match, % | kept |", "|---|---|---|---|"]
-    for source in SOURCES:
-        path = RUNS / "sources" / source / "evaluation.json"
-        for row in json.loads(path.read_text())["tasks"] if path.is_file() else ():
-            right = 100 * row["exact"] / row["count"]
-            lines.append(f"| `{source}` | {row['task']} | {right:.0f} | {'yes' if right >= 100 * LEARNED else 'no'} |")
+    for source, its in learned.items():
+        for task, right in its.items():
+            lines.append(f"| `{source}` | {task} | {right:.0f} | {'yes' if right >= 100 * LEARNED else 'no'} |")
     return "\n".join(lines)
 
 
 def verdicts() -> None:
-    """Write the tables between their marks in docs/results/study.md, and the pairs as JSON."""
-    runs = {source: runs_of(source) for source in SOURCES}
-    judged = [(finding, judge(finding, list(runs.values()))) for finding in FINDINGS]
-    parts = {"sources": source_table(), "verdicts": verdict_table(judged)}
-    parts["arms"] = "\n\n".join(arm_table(source, runs[source]) for source in SOURCES)
+    """Write docs/results/study.json, and its tables between their marks in study.md."""
+    record, found = OUT.with_suffix(".json"), measured()
+    if record.is_file():
+        found = joined(json.loads(record.read_text()), found)
+    record.write_text(json.dumps(found, indent=1) + "\n")
+    parts = {"sources": source_table(found["sources"]), "verdicts": verdict_table(found["findings"])}
+    parts["arms"] = "\n\n".join(arm_table(source, its) for source, its in found["arms"].items())
     write_between(OUT, parts)
-    record = [{**vars(finding), **found} for finding, found in judged]
-    OUT.with_suffix(".json").write_text(json.dumps(record, indent=1) + "\n")
     print(parts["verdicts"])
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("sources", "patterns", "arms", "full", "verdicts"))
+    parser.add_argument("part", choices=("sources", "patterns", *PARTS, "verdicts"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
     args = parser.parse_args()
     if args.part == "sources":
         sources()
     elif args.part == "patterns":
         patterns(args.jobs)
-    elif args.part == "arms":
-        arms("arms", ARMS, args.jobs)
-    elif args.part == "full":
-        arms("full", FULL, args.jobs, "--no-control")
-        grids()
-    else:
+    elif args.part == "verdicts":
         verdicts()
+    else:
+        arms(args.part, args.jobs)
+        if args.part == "full":
+            grids()
 
 
 if __name__ == "__main__":

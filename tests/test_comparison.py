@@ -60,7 +60,7 @@ def compared(small, row_cache, tmp_path_factory) -> tuple[Path, str]:
     options = {"cwd": folder, "env": environment, "text": True}
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     second_run = folder / "here" / "runs" / f"{ARMS[1]}-0"
-    until = time.monotonic() + 200
+    until = time.monotonic() + 500
     while not (second_run / "metrics.csv").is_file():
         assert first.poll() is None and time.monotonic() < until, first.stderr.read() if first.poll() else "too slow"
         time.sleep(0.05)
