@@ -61,11 +61,14 @@ def compared(small, row_cache, tmp_path_factory) -> tuple[Path, str]:
     first = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, **options)
     second_run = folder / "here" / "runs" / f"{ARMS[1]}-0"
     until = time.monotonic() + 500
-    while not (second_run / "metrics.csv").is_file():
-        assert first.poll() is None and time.monotonic() < until, first.stderr.read() if first.poll() else "too slow"
-        time.sleep(0.05)
-    first.kill()
-    first.wait()
+    try:
+        while not (second_run / "metrics.csv").is_file():
+            assert first.poll() is None, first.stderr.read()
+            assert time.monotonic() < until, "too slow"
+            time.sleep(0.05)
+    finally:
+        first.kill()
+        first.wait()
     finished = (folder / "here" / "runs" / f"{ARMS[0]}-0" / "metrics.csv").stat().st_mtime_ns
     done = subprocess.run(command, capture_output=True, timeout=300, **options)
     assert done.returncode == 0, done.stdout + done.stderr
