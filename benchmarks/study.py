@@ -63,7 +63,8 @@ GRID = "grid.json"
 PATTERNS = ("full_bidirectional", "block_causal", "complementary_mask")
 SEEDS = 3
 PAIRS = SEEDS * len(SOURCES)
-PROMPTS = 24
+TASKS, PROMPTS = ("copy", "reverse", "sort", "close"), 32
+ASKED = ("--prompts", PROMPTS, *(word for task in TASKS for word in ("--tasks", task)))
 LEARNED = 0.9  # exact match of the source on a task that is kept
 Measure = Callable[[Run], float | None]
 
@@ -93,7 +94,7 @@ def arms(part: str, jobs: int) -> None:
     for source in SOURCES:
         recipes = [RECIPES / part / f"{arm}.yaml" for arm in PARTS[part]]
         model = f"model.source={RUNS / 'sources' / source}"
-        given = ["--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", RUNS / part / source]
+        given = ["--seeds", SEEDS, "--jobs", jobs, *ASKED, "--run", RUNS / part / source]
         dlm("compare", *recipes, model, *given, *([] if part == "context" else ["--no-control"]))
 
 
@@ -101,7 +102,7 @@ def patterns(jobs: int) -> None:
     """The shipped recipes from the first source, and their page in docs/results."""
     recipes = [RECIPES / "patterns" / f"{name}.yaml" for name in PATTERNS]
     source, place = RUNS / "sources" / SOURCES[0], RUNS / "patterns"
-    given = [f"model.source={source}", "--seeds", SEEDS, "--jobs", jobs, "--prompts", PROMPTS, "--run", place]
+    given = [f"model.source={source}", "--seeds", SEEDS, "--jobs", jobs, *ASKED, "--run", place]
     dlm("compare", *(os.path.relpath(recipe) for recipe in recipes), *given)
     page = ROOT / "docs" / "results" / "comparison.md"
     write_between(page, {"tables": (place / report.MARKDOWN).read_text()})
@@ -132,7 +133,7 @@ def grid(run: Run, ways: Sequence[tuple[str, int, int]], titles: Sequence[str]) 
     """Exact match in points over tasks, by way of decoding."""
     _, recipe, _ = restore(str(run.path))
     recipe.eval()
-    asked = questions(recipe.trainer.datamodule, None, PROMPTS)
+    asked = questions(recipe.trainer.datamodule, list(TASKS), PROMPTS)
     found = {}
     for kind, size, k in ways:
         plan = replace(read("block", []), selector=Threshold(1e-9, at_most=k))
