@@ -262,29 +262,35 @@ def runs_of(source: str) -> dict[tuple[str, int], Run]:
     return {(run.recipe, run.seed): run for run in map(read_run, expand(folders))}
 
 
-def judge(finding: Finding, runs: Sequence[dict[tuple[str, int], Run]]) -> dict[str, Any]:
-    """A finding's pairs over all sources and seeds, and the verdict."""
+def differences(finding: Finding, runs: dict[tuple[str, int], Run]) -> list[float]:
+    """A finding's same-seed differences over a source's runs."""
     sides = [(finding.arm, MEASURES[finding.measure]), (finding.than, MEASURES[finding.against or finding.measure])]
-    differences = []
-    for of_source in runs:
-        for seed in range(SEEDS):
-            values = [measure(of_source[arm, seed]) for arm, measure in sides if (arm, seed) in of_source]
-            if len(values) == 2 and None not in values:
-                differences.append(values[0] - values[1])  # type: ignore[operator]
-    if not differences:
-        return {"verdict": "not measured", "differences": []}
-    paired = Paired(differences)
-    if len(differences) < PAIRS:
-        verdict = f"{len(differences)} of {PAIRS} pairs"
+    found = []
+    for seed in range(SEEDS):
+        its = [measure(runs[arm, seed]) for arm, measure in sides if (arm, seed) in runs]
+        if len(its) == 2 and None not in its:
+            found.append(its[0] - its[1])  # type: ignore[operator]
+    return found
+
+
+def judge(finding: Finding, by_source: dict[str, list[float]]) -> dict[str, Any]:
+    """The verdict on a finding's pairs over all sources and seeds."""
+    pairs = [difference for its in by_source.values() for difference in its]
+    judged: dict[str, Any] = {"by_source": by_source, "pairs": len(pairs)}
+    if not pairs:
+        return {**judged, "verdict": "not measured"}
+    paired = Paired(pairs)
+    if len(pairs) < PAIRS:
+        verdict = "too few pairs yet"
     elif not paired.resolved:
         verdict = "not resolvable here"
     else:
         verdict = "reproduces" if paired.mean * finding.sign > 0 else "contradicts"
-    return {"verdict": verdict, "differences": differences, "mean": paired.mean, "half_width": paired.half_width}
+    return {**judged, "mean": paired.mean, "half_width": paired.half_width, "verdict": verdict}
 
 
 def measured() -> dict[str, Any]:
-    """What the runs say that are there: what the sources have learned, every measure of every arm, and the verdicts."""
+    """What the runs say that are there: what sources have learned, every measure of every arm, and the differences."""
     runs = {source: runs_of(source) for source in SOURCES}
     learned, found = {}, {}
     for source, its in runs.items():
@@ -298,8 +304,10 @@ def measured() -> dict[str, Any]:
         found[source] = {
             arm: {name: values(of_arm, MEASURES[name]) for name in SHOWN} for arm, of_arm in by_arm.items()
         }
-    findings = {name_of(finding): judge(finding, list(runs.values())) for finding in FINDINGS}
-    return {"sources": learned, "arms": found, "findings": findings}
+    pairs = {
+        name_of(finding): {source: differences(finding, its) for source, its in runs.items()} for finding in FINDINGS
+    }
+    return {"sources": learned, "arms": found, "differences": pairs}
 
 
 def values(runs: Sequence[Run], measure: Measure) -> list[float]:
@@ -314,16 +322,18 @@ def name_of(finding: Finding) -> str:
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
     """An earlier sitting's results and this one's, which goes before where it has as many runs."""
-    result = {"sources": old["sources"] | new["sources"], "arms": {}, "findings": dict(new["findings"])}
+    result = {"sources": old["sources"] | new["sources"], "arms": {}, "differences": {}}
     for source in SOURCES:
         arms = dict(old["arms"].get(source, {}))
         for arm, its in new["arms"].get(source, {}).items():
             if len(its[BOUND]) >= len(arms.get(arm, {}).get(BOUND, [])):
                 arms[arm] = its
         result["arms"][source] = arms
-    for name, found in old["findings"].items():
-        if name in result["findings"] and len(found["differences"]) > len(result["findings"][name]["differences"]):
-            result["findings"][name] = found
+    for name, found in new["differences"].items():
+        before = old["findings"].get(name, {}).get("by_source", {})
+        result["differences"][name] = {
+            source: max(its, before.get(source, []), key=len) for source, its in found.items()
+        }
     return result
 
 
@@ -333,12 +343,12 @@ def verdict_table(findings: dict[str, Any]) -> str:
     lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
     for finding in FINDINGS:
         found, difference = findings[name_of(finding)], "–"
-        if found["differences"]:
+        if found["pairs"]:
             digits = 4 if "drift" in finding.measure else 3 if finding.measure == BOUND else 1
-            width = "" if len(found["differences"]) < 2 else f" ± {found['half_width']:.{digits}f}"
+            width = "" if found["pairs"] < 2 else f" ± {found['half_width']:.{digits}f}"
             difference = f"{found['mean']:+.{digits}f}{width}".replace("-", "−")
         cells = [finding.item, f"{finding.claim} (`{finding.arm}` − `{finding.than}`)", finding.measure, difference]
-        cells += [str(len(found["differences"])), finding.paper, f"**{found['verdict']}**"]
+        cells += [str(found["pairs"]), finding.paper, f"**{found['verdict']}**"]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -367,6 +377,8 @@ def verdicts() -> None:
     record, found = OUT.with_suffix(".json"), measured()
     if record.is_file():
         found = joined(json.loads(record.read_text()), found)
+    pairs = found.pop("differences")
+    found["findings"] = {name_of(finding): judge(finding, pairs[name_of(finding)]) for finding in FINDINGS}
     record.write_text(json.dumps(found, indent=1) + "\n")
     parts = {"sources": source_table(found["sources"]), "verdicts": verdict_table(found["findings"])}
     parts["arms"] = "\n\n".join(arm_table(source, its) for source, its in found["arms"].items())
