@@ -46,10 +46,15 @@ def test_links_lead_somewhere(path):
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: path.name)
 def test_recipes_and_keys_in_commands_exist(path):
-    for name, words in re.findall(r"(?:dlm|dlm_lightning\.cli) fit (\w+)((?: [^\n`]*)?)", path.read_text()):
-        if name in ("RECIPE", "path", "mine"):
+    for name, words in re.findall(r"(?:dlm|dlm_lightning\.cli) fit ([\w./]+)((?: [^\n`]*)?)", path.read_text()):
+        if name.split("/")[0].removesuffix(".yaml") in (
+            "RECIPE",
+            "path",
+            "mine",
+            "runs",
+        ):  # nothing of the repository's
             continue
-        config = catalog.compose(catalog.find(name).path)
+        config = catalog.compose(catalog.find(str(ROOT / name) if "/" in name else name).path)
         known = {"trainer": set(inspect.signature(Trainer).parameters)}
         for section in ("model", "data"):
             known[section] = set(parameters(config[section]["class_path"]))
