@@ -98,7 +98,7 @@ def discard(run: Path) -> None:
 
 
 def write_origin(run: Path, **facts: Any) -> None:
-    """Note where a run's recipe comes from."""
+    """Note where a run's recipe comes from, and what was typed where."""
     (run / ORIGIN).write_text(json.dumps(facts, indent=2) + "\n")
 
 

@@ -171,7 +171,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
             origin = {"path": str(found.path), "origin": found.origin, "module": found.module}
-            runs.write_origin(run, recipe=found.name, **origin, overrides=list(overrides))
+            runs.write_origin(run, recipe=found.name, **origin, overrides=list(overrides), cwd=os.getcwd())
             _pin(cli)
             cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
         _train(cli, start)

@@ -208,8 +208,8 @@ def read_run(path: Path) -> Run:
     origin = read_json(path / ORIGIN)
     if missing := {"recipe", "path", "origin"} - origin.keys():
         raise ValueError(f"{path / ORIGIN} is damaged: it has no {sorted(missing)[0]}")
-    file = Path(origin["path"])
-    file = file.relative_to(Path.cwd()) if file.is_relative_to(Path.cwd()) else file
+    file, typed_in = Path(origin["path"]), origin.get("cwd", Path.cwd())
+    file = file.relative_to(typed_in) if file.is_relative_to(typed_in) else file
     named = origin["recipe"] if origin["origin"] == "dlm_lightning" else str(file)
     command = [named, *origin.get("overrides", [])]
     return Run(path, origin["recipe"], command, config, evaluation.load(path) or {})
