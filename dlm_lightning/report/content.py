@@ -59,7 +59,7 @@ class Run:
         return values[-1][1] if values else None
 
     def first(self, name: str) -> float | None:
-        """The first value of a logged metric, for a validation that before the first step."""
+        """The first value of a logged metric: of a validation, the one before the first step."""
         values = self.series(name)
         return values[0][1] if values else None
 
