@@ -7,9 +7,8 @@
     python benchmarks/study.py full      # the other items
     python benchmarks/study.py verdicts  # writes docs/results/study.md and .json from what is there
 
-Every step goes on where it was cut off, and `verdicts` keeps what study.json says of runs that are no longer there. A
-finding **reproduces** or **contradicts** if all same-seed pairs of both sources agree in sign and the 95 % interval of
-their mean excludes 0; or else it is **not resolvable here**.
+Every step goes on where it was cut off, and `verdicts` keeps what study.json says of runs that are no longer there.
+What is judged, and how: benchmarks/findings.py.
 """
 
 from __future__ import annotations
@@ -21,16 +20,17 @@ import subprocess
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+from findings import ATTENTION, BOUND, EIGHT, FFN, FINDINGS, FOUR, ONE, SHOWN, TWO, Finding, judge, verdict_table, way
 
 from dlm_lightning import report
 from dlm_lightning.decode.selector import Threshold
 from dlm_lightning.evaluation import ask
 from dlm_lightning.generate import read
 from dlm_lightning.report.content import Run, expand, read_run
-from dlm_lightning.report.pairs import Paired
 from dlm_lightning.report.tables import spread
 from dlm_lightning.tasks import questions
 from dlm_lightning.training import quiet, restore
@@ -62,7 +62,6 @@ GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a blo
 GRID = "grid.json"
 PATTERNS = ("full_bidirectional", "block_causal", "complementary_mask")
 SEEDS = 3
-PAIRS = SEEDS * len(SOURCES)
 TASKS, PROMPTS = ("copy", "reverse", "sort", "close"), 32
 ASKED = ("--prompts", PROMPTS, *(word for task in TASKS for word in ("--tasks", task)))
 LEARNED = 0.9  # exact match of the source on a task that is kept
@@ -143,29 +142,7 @@ def grid(run: Run, ways: Sequence[tuple[str, int, int]], titles: Sequence[str]) 
     return found
 
 
-def way(kind: str, size: int, k: int) -> str:
-    """A way of decoding, in words."""
-    return f"{kind}s of {size} in decoding, {k} per forward"
-
-
 # What is found
-
-
-@dataclass(frozen=True)
-class Finding:
-    """A paper's claim as a difference: of `arm` less `than`, in a measure, positive or negative as the paper says.
-
-    `against` is the measure of `than`, if it is another one.
-    """
-
-    item: str
-    claim: str
-    arm: str
-    than: str
-    measure: str
-    sign: int
-    paper: str
-    against: str = ""
 
 
 def exact(decoder: str = "threshold 0.9") -> Measure:
@@ -195,65 +172,15 @@ def kept(source: str) -> list[str]:
 
 
 MEASURES: dict[str, Measure] = {
-    "exact match, one token per forward": exact("1 per forward"),
-    "exact match, 2 per forward": exact("2 per forward"),
-    "exact match, 4 per forward": exact("4 per forward"),
-    "exact match, 8 per forward": exact("8 per forward"),
-    "bound, block 16": lambda run: run.at("bound", "masked", "16"),
-    "drift of attention": lambda run: run.drifted("attention", "mean_abs"),
-    "drift of FFN": lambda run: run.drifted("FFN", "mean_abs"),
+    ONE: exact("1 per forward"),
+    TWO: exact("2 per forward"),
+    FOUR: exact("4 per forward"),
+    EIGHT: exact("8 per forward"),
+    BOUND: lambda run: run.at("bound", "masked", "16"),
+    ATTENTION: lambda run: run.drifted("attention", "mean_abs"),
+    FFN: lambda run: run.drifted("FFN", "mean_abs"),
     **{way(*its): decoded(*its) for its in dict.fromkeys(its for ways in GRIDS.values() for its in ways)},
 }
-SHOWN = tuple(name for name in MEASURES if "decoding" not in name)  # in the tables of arms
-ONE, TWO, FOUR, EIGHT, BOUND, ATTENTION, FFN = SHOWN
-UNIFORM = "block_round"
-PARTS_8, BLOCKS_8 = way("part", 8, 4), way("block", 8, 4)
-AT_4, AT_16, AT_64 = (way("block", size, 1) for size in (4, 16, 64))
-FINDINGS = [
-    Finding("1", "block-wise is more accurate than bidirectional", "block", "bidirectional", ONE, 1, "+19.12 (g − c)"),
-    Finding("1", "block-wise has the lower bound", "block", "bidirectional", BOUND, -1, "not given"),
-    Finding(
-        "1", "a noisy context is more accurate than bidirectional", "block_noisy", "bidirectional", ONE, 1, "+8.94"
-    ),
-    Finding("1", "a clean context is more accurate than a noisy one", "block", "block_noisy", ONE, 1, "+9.46 (f − d)"),
-    Finding("1", "a clean context has the lower bound", "block", "block_noisy", BOUND, -1, "not given"),
-    Finding("1", "bidirectional drifts more, attention", "bidirectional", "block", ATTENTION, 1, "figure 2e"),
-    Finding("1", "bidirectional drifts more, FFN", "bidirectional", "block", FFN, 1, "figure 2e"),
-    Finding("1", "a noisy context drifts more, FFN", "block_noisy", "block", FFN, 1, "figure 2e"),
-    Finding("2", "no shift is better, block-wise", "block", "block_shift", ONE, 1, "+0.72 (g − f)"),
-    Finding("2", "no shift is better, bidirectional", "bidirectional", "bidirectional_shift", ONE, 1, "+1.19 (c − b)"),
-    *(
-        Finding("4", f"half-life {x} is better than uniform", f"block_tilt_{arm}", UNIFORM, measure, 1, paper)
-        for arm, x, papers in (
-            ("10", "0.1", ("+1.75", "+1.67", "+2.64", "+4.38")),
-            ("25", "0.25", ("+0.14", "+1.44", "−0.14", "+0.56")),
-            ("05", "0.05", ("+0.24", "+0.56", "+1.95", "+3.39")),
-        )
-        for measure, paper in zip((ONE, TWO, FOUR, EIGHT), papers, strict=True)
-    ),
-    *(
-        Finding("4", "right-to-left is worse than uniform", "block_right_to_left", UNIFORM, measure, -1, paper)
-        for measure, paper in zip((ONE, TWO, FOUR, EIGHT), ("−22.06", "−29.57", "−32.51", "−19.86"), strict=True)
-    ),
-    Finding("3", "training blocks of 16 beat those of 4 where 16 are decoded", "block", "block_4", AT_16, 1, "+15.2"),
-    Finding("3", "and where 4 are decoded", "block", "block_4", AT_4, 1, "+12.4"),
-    Finding("3", "training blocks of 64 are worse than those of 16", "block_64", "block", AT_64, -1, "−2.8; 4B +0.9"),
-    Finding("3", "larger training blocks drift more, attention", "block_64", "block", ATTENTION, 1, "figure 4"),
-    Finding("3", "larger training blocks drift more, FFN", "block_64", "block", FFN, 1, "figure 4"),
-    Finding(
-        "5", "complementary views beat independent ones", "complementary", "independent_views", ONE, 1, "not given"
-    ),
-    Finding(
-        "6", "parts of 8 beat blocks of 8 in decoding", *["complementary"] * 2, PARTS_8, 1, "+3.5, GSM8K", BLOCKS_8
-    ),
-    Finding("7", "a lower learning rate is worse", "lr_low", "block", ONE, -1, "−0.52 (3e-6), −6.07 (1e-6)"),
-    Finding("7", "a higher learning rate is worse", "lr_high", "block", ONE, -1, "−4.04 (3e-5), −9.68 (1e-4)"),
-    Finding("7", "a higher learning rate drifts more, attention", "lr_high", "block", ATTENTION, 1, "stated"),
-    Finding("8", "LoRA of low rank is worse", "lora_4", "block", ONE, -1, "−10.48 (rank 16)"),
-    Finding("8", "LoRA of high rank is worse", "lora_32", "block", ONE, -1, "−7.63 (rank 64)"),
-    Finding("8", "a higher rank is better", "lora_32", "lora_4", ONE, 1, "+2.85"),
-    Finding("9", "a first token from the clean copy is better", "complementary", "complementary_noisy", ONE, 1, "none"),
-]
 
 
 def runs_of(source: str) -> dict[tuple[str, int], Run]:
@@ -273,22 +200,6 @@ def differences(finding: Finding, runs: dict[tuple[str, int], Run]) -> list[floa
     return found
 
 
-def judge(finding: Finding, by_source: dict[str, list[float]]) -> dict[str, Any]:
-    """The verdict on a finding's pairs over all sources and seeds."""
-    pairs = [difference for its in by_source.values() for difference in its]
-    judged: dict[str, Any] = {"by_source": by_source, "pairs": len(pairs)}
-    if not pairs:
-        return {**judged, "verdict": "not measured"}
-    paired = Paired(pairs)
-    if len(pairs) < PAIRS:
-        verdict = "too few pairs yet"
-    elif not paired.resolved:
-        verdict = "not resolvable here"
-    else:
-        verdict = "reproduces" if paired.mean * finding.sign > 0 else "contradicts"
-    return {**judged, "mean": paired.mean, "half_width": paired.half_width, "verdict": verdict}
-
-
 def measured() -> dict[str, Any]:
     """What the runs say that are there: what sources have learned, every measure of every arm, and the differences."""
     runs = {source: runs_of(source) for source in SOURCES}
@@ -304,20 +215,13 @@ def measured() -> dict[str, Any]:
         found[source] = {
             arm: {name: values(of_arm, MEASURES[name]) for name in SHOWN} for arm, of_arm in by_arm.items()
         }
-    pairs = {
-        name_of(finding): {source: differences(finding, its) for source, its in runs.items()} for finding in FINDINGS
-    }
+    pairs = {finding.name: {source: differences(finding, its) for source, its in runs.items()} for finding in FINDINGS}
     return {"sources": learned, "arms": found, "differences": pairs}
 
 
 def values(runs: Sequence[Run], measure: Measure) -> list[float]:
     """A measure of all runs that have it."""
     return [value for run in runs if (value := measure(run)) is not None]
-
-
-def name_of(finding: Finding) -> str:
-    """A finding's key in study.json."""
-    return f"{finding.item}: {finding.claim}; {finding.measure}"
 
 
 def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
@@ -335,22 +239,6 @@ def joined(old: dict[str, Any], new: dict[str, Any]) -> dict[str, Any]:
             source: max(its, before.get(source, []), key=len) for source, its in found.items()
         }
     return result
-
-
-def verdict_table(findings: dict[str, Any]) -> str:
-    """In Markdown."""
-    head = ["item", "finding", "measure", "difference", "pairs", "the paper's", "verdict"]
-    lines = [f"| {' | '.join(head)} |", "|" + "---|" * len(head)]
-    for finding in FINDINGS:
-        found, difference = findings[name_of(finding)], "–"
-        if found["pairs"]:
-            digits = 4 if "drift" in finding.measure else 3 if finding.measure == BOUND else 1
-            width = "" if found["pairs"] < 2 else f" ± {found['half_width']:.{digits}f}"
-            difference = f"{found['mean']:+.{digits}f}{width}".replace("-", "−")
-        cells = [finding.item, f"{finding.claim} (`{finding.arm}` − `{finding.than}`)", finding.measure, difference]
-        cells += [str(found["pairs"]), finding.paper, f"**{found['verdict']}**"]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
 
 
 def arm_table(source: str, found: dict[str, dict[str, list[float]]]) -> str:
@@ -378,7 +266,7 @@ def verdicts() -> None:
     if record.is_file():
         found = joined(json.loads(record.read_text()), found)
     pairs = found.pop("differences")
-    found["findings"] = {name_of(finding): judge(finding, pairs[name_of(finding)]) for finding in FINDINGS}
+    found["findings"] = {finding.name: judge(finding, pairs[finding.name]) for finding in FINDINGS}
     record.write_text(json.dumps(found, indent=1) + "\n")
     parts = {"sources": source_table(found["sources"]), "verdicts": verdict_table(found["findings"])}
     parts["arms"] = "\n\n".join(arm_table(source, its) for source, its in found["arms"].items())
