@@ -48,7 +48,6 @@ class Finding:
         return f"{self.item}: {self.claim}; {self.measure}"
 
 
-UNIFORM = "block_round"
 PARTS_8, BLOCKS_8 = way("part", 8, 4), way("block", 8, 4)
 AT_4, AT_16, AT_64 = (way("block", size, 1) for size in (4, 16, 64))
 FINDINGS = [
@@ -65,7 +64,7 @@ FINDINGS = [
     Finding("2", "no shift is better, block-wise", "block", "block_shift", ONE, 1, "+0.72 (g − f)"),
     Finding("2", "no shift is better, bidirectional", "bidirectional", "bidirectional_shift", ONE, 1, "+1.19 (c − b)"),
     *(
-        Finding("4", f"half-life {x} is better than uniform", f"block_tilt_{arm}", UNIFORM, measure, 1, paper)
+        Finding("4", f"half-life {x} is better than uniform", f"block_tilt_{arm}", "block", measure, 1, paper)
         for arm, x, papers in (
             ("10", "0.1", ("+1.75", "+1.67", "+2.64", "+4.38")),
             ("25", "0.25", ("+0.14", "+1.44", "−0.14", "+0.56")),
@@ -74,7 +73,7 @@ FINDINGS = [
         for measure, paper in zip((ONE, TWO, FOUR, EIGHT), papers, strict=True)
     ),
     *(
-        Finding("4", "right-to-left is worse than uniform", "block_right_to_left", UNIFORM, measure, -1, paper)
+        Finding("4", "right-to-left is worse than uniform", "block_right_to_left", "block", measure, -1, paper)
         for measure, paper in zip((ONE, TWO, FOUR, EIGHT), ("−22.06", "−29.57", "−32.51", "−19.86"), strict=True)
     ),
     Finding("3", "training blocks of 16 beat those of 4 where 16 are decoded", "block", "block_4", AT_16, 1, "+15.2"),

@@ -8,7 +8,7 @@ import shutil
 import signal
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import util
 from itertools import takewhile, zip_longest
 from pathlib import Path
@@ -229,7 +229,13 @@ def _eval(argv: list[str]) -> int:
     parser.add_argument(
         "overrides", metavar="key=value", nargs="*", help="for this time only, such as data.val_rows=64"
     )
-    parser.add_argument("--tasks", metavar="NAME", nargs="+", help="which to ask; default all that the run trains on")
+    parser.add_argument(
+        "--tasks",
+        metavar="NAME",
+        nargs="+",
+        action="extend",
+        help="which to ask; default all that the run trains on",
+    )
     parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
     harness = parser.add_argument_group("tasks of lm-evaluation-harness (the extra eval)")
     harness.add_argument("--include", metavar="DIR", help="a folder with more of them")
@@ -246,7 +252,7 @@ def _eval(argv: list[str]) -> int:
     harness.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
     harness.add_argument("--batch", metavar="N", type=int, default=8, help="questions at a time; default 8")
     args = parser.parse_intermixed_args(argv)
-    named = [name.strip() for word in args.tasks or () if "=" not in word for name in word.split(",") if name.strip()]
+    named = _names(word for word in args.tasks or () if "=" not in word)
     overrides = [*args.overrides, *(word for word in args.tasks or () if "=" in word)]
     runs.open_run(args.run)
     from dlm_lightning.tasks import NAMES
@@ -263,6 +269,11 @@ def _eval(argv: list[str]) -> int:
         if runs.is_first_process():
             print(path)
     return 0
+
+
+def _names(words: Iterable[str]) -> list[str]:
+    """What is named, one by one or behind commas."""
+    return [name.strip() for word in words for name in word.split(",") if name.strip()]
 
 
 def _ask_harness(args: argparse.Namespace, names: list[str]) -> None:
@@ -301,7 +312,7 @@ def _compare(argv: list[str]) -> int:
     budget.add_argument("--seconds", metavar="S", type=float, help="instead: equal seconds of training")
     parser.add_argument("--jobs", metavar="N", type=int, default=1, help="runs at a time, which share out the cores")
     parser.add_argument("--no-control", action="store_true", help="leave out the AR control arm")
-    parser.add_argument("--tasks", metavar="NAME", action="append", help="of `dlm eval`; may be given several times")
+    parser.add_argument("--tasks", metavar="NAME", action="append", help="of `dlm eval`: NAME,…")
     parser.add_argument("--prompts", metavar="N", type=int, default=32, help="questions of each task; default 32")
     args = parser.parse_intermixed_args(argv)
     recipes = [word for word in args.words if "=" not in word]
@@ -322,7 +333,7 @@ def _compare(argv: list[str]) -> int:
         folder=args.run,
         jobs=args.jobs,
         with_control=not args.no_control,
-        tasks=args.tasks,
+        tasks=_names(args.tasks or ()) or None,
         prompts=args.prompts,
     )
     print(f"report: {path}")

@@ -260,7 +260,7 @@ def test_what_cannot_be_compared_is_refused_in_a_sentence(refused, small, tmp_pa
         (["--run", "longer.yaml/x"], "cannot be made: Not a directory"),
         (["--steps", "0"], "--steps must be above 0 and finite, not 0"),
         (["--forward-tokens", "-1"], "--forward-tokens must be above 0 and finite, not -1"),
-        (["--tasks", "dance"], "there is no task dance"),
+        (["--tasks", "copy,dance"], "there is no task dance"),
         (["--prompts", "-1"], "--prompts must be at least 0"),
     ):
         assert message in refused("compare", "block_causal", *overrides, *words, cwd=cwd)

@@ -17,7 +17,7 @@ from dlm_lightning.training import reopen
 
 @pytest.fixture
 def measured(finished, typed, tmp_path):
-    said = typed("eval", finished, "--tasks", "copy", "python", "--prompts", 3, cwd=tmp_path)
+    said = typed("eval", finished, "--tasks", "copy", "--tasks", "python", "--prompts", 3, cwd=tmp_path)
     assert said.code == 0, said.err
     assert said.out.endswith(f"{finished / 'evaluation.json'}\n")
     return finished
