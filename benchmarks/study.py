@@ -189,9 +189,9 @@ MEASURES: dict[str, Measure] = {
 
 
 def runs_of(source: str) -> dict[tuple[str, int], Run]:
-    """A source's runs by arm and seed."""
+    """A source's runs by arm and seed, those that are finished and measured."""
     folders = [str(place) for part in PARTS if (place := RUNS / part / source).is_dir()]
-    return {(run.recipe, run.seed): run for run in map(read_run, expand(folders))}
+    return {(run.recipe, run.seed): run for run in map(read_run, expand(folders)) if run.found}
 
 
 def differences(finding: Finding, runs: dict[tuple[str, int], Run]) -> list[float]:
