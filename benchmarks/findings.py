@@ -11,7 +11,9 @@ from typing import Any
 
 from dlm_lightning.report.pairs import Paired
 
-PAIRS = 6  # same-seed differences: three seeds of two sources
+SOURCES = ("qwen3", "llama")
+SEEDS = 3
+PAIRS = SEEDS * len(SOURCES)  # same-seed differences of a finding
 SHOWN = (
     *(f"exact match, {k} per forward" for k in ("one token", "2", "4", "8")),
     "bound, block 16",

@@ -24,7 +24,23 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from findings import ATTENTION, BOUND, EIGHT, FFN, FINDINGS, FOUR, ONE, SHOWN, TWO, Finding, judge, verdict_table, way
+from findings import (
+    ATTENTION,
+    BOUND,
+    EIGHT,
+    FFN,
+    FINDINGS,
+    FOUR,
+    ONE,
+    SEEDS,
+    SHOWN,
+    SOURCES,
+    TWO,
+    Finding,
+    judge,
+    verdict_table,
+    way,
+)
 
 from dlm_lightning import report
 from dlm_lightning.decode.selector import Threshold
@@ -39,7 +55,6 @@ ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "study"
 RUNS = Path("runs/study")
 OUT = ROOT / "docs" / "results" / "study.md"
-SOURCES = ("qwen3", "llama")
 PARTS = {  # the arms, by the folder of their recipes and runs
     "context": ("bidirectional", "bidirectional_shift", "block_noisy", "block", "block_shift"),
     "masking": ("block_tilt_25", "block_tilt_10", "block_tilt_05", "block_right_to_left"),
@@ -61,7 +76,6 @@ GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a blo
 }
 GRID = "grid.json"
 PATTERNS = ("full_bidirectional", "block_causal", "complementary_mask")
-SEEDS = 3
 TASKS, PROMPTS = ("copy", "reverse", "sort", "close"), 32
 ASKED = ("--prompts", PROMPTS, "--tasks", ",".join(TASKS))
 WORK = (
