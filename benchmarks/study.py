@@ -60,7 +60,7 @@ PARTS = {  # the arms, by the folder of their recipes and runs
     "masking": ("block_tilt_25", "block_tilt_10", "block_tilt_05", "block_right_to_left"),
     "full": (
         "block_4",
-        "block_64",
+        "block_32",
         "complementary",
         "complementary_noisy",
         "independent_views",
@@ -71,7 +71,7 @@ PARTS = {  # the arms, by the folder of their recipes and runs
     ),
 }
 GRIDS = {  # of decoding, by arm: a block size in decoding, or the size of a block's parts, and tokens per forward
-    **{arm: [("block", size, k) for size in (4, 16, 64) for k in (1, 4)] for arm in ("block_4", "block", "block_64")},
+    **{arm: [("block", size, k) for size in (4, 16, 32) for k in (1, 4)] for arm in ("block_4", "block", "block_32")},
     "complementary": [(kind, size, 4) for kind in ("block", "part") for size in (2, 4, 8, 16)],
 }
 GRID = "grid.json"
