@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -240,7 +241,12 @@ def interrupted(monkeypatch: pytest.MonkeyPatch, words: Callable, tmp_path: Path
         monkeypatch.delitem(sys.modules, f"stopper{step}", raising=False)
         callbacks = CALLBACKS.replace("stopper.", f"stopper{step}.")
         overrides = [word for word in words(**more) if "callbacks" not in word] + [f"trainer.callbacks={callbacks}"]
-        return typed("fit", "block_causal", *overrides, "--run", "run", cwd=tmp_path)
+        number = signal.Signals[name]
+        before = signal.signal(number, signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL)
+        try:  # tests that run in the background have SIGINT ignored, and what is ignored stays so
+            return typed("fit", "block_causal", *overrides, "--run", "run", cwd=tmp_path)
+        finally:
+            signal.signal(number, before)
 
     return run
 
