@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from dlm_lightning import catalog
+
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 
 
@@ -42,6 +44,19 @@ def test_every_finding_names_arms_and_measures_that_are_there(study):
     for finding in study["FINDINGS"]:
         assert {finding.arm, finding.than} <= arms
         assert {finding.measure, finding.against or finding.measure} <= study["MEASURES"].keys()
+
+
+def test_every_arm_can_be_trained_on_the_data_that_all_have(study):
+    for part, arms in study["PARTS"].items():
+        for arm in arms:
+            config = catalog.compose(BENCHMARKS / "study" / part / f"{arm}.yaml")
+            size = config["model"]["init_args"].get("block_size")
+            filled = [
+                its["init_args"]["multiple"]
+                for its in config["data"]["init_args"]["parts"]
+                if "multiple" in its.get("init_args", {})
+            ]
+            assert filled and (size is None or all(multiple % size == 0 for multiple in filled)), arm
 
 
 def test_sittings_add_up_and_the_one_with_more_runs_goes_before(study):
