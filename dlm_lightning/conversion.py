@@ -37,6 +37,8 @@ class Conversion(L.LightningModule):
         trust_remote_code: run the code that the source brings along for a model that transformers does not know.
         lora: train low-rank adapters in place of the layers' own matrices; needs the extra `lora`.
         freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
+        attention: the backend: `auto` takes the fastest that computes a view; `dense`, `split` on CPUs, `flex` on CUDA,
+            `flash` on CUDA for views that are full or causal.
         activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
     """
 
@@ -57,6 +59,7 @@ class Conversion(L.LightningModule):
         trust_remote_code: bool = False,
         lora: Lora | None = None,
         freeze: list[str] | None = None,
+        attention: attention.Backend = "auto",
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -67,6 +70,7 @@ class Conversion(L.LightningModule):
         self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
         self.trusted = trust_remote_code
         self.shift: str = shift or stated(source, "shift")
+        self.backend = attention
         self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
 
     @cached_property
@@ -159,4 +163,6 @@ class Conversion(L.LightningModule):
     def wrap(self, network: PreTrainedModel) -> Denoiser:
         """The Denoiser around a network, with the recipe's mask token, shift and predicate."""
         ids = self.tokenizer.get_vocab().values()
-        return Denoiser(network, self.mask_id, ids, self.shift, self.first_token, self.predicate, self.pattern)
+        return Denoiser(
+            network, self.mask_id, ids, self.shift, self.first_token, self.predicate, self.pattern, self.backend
+        )

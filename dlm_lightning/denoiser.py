@@ -32,6 +32,7 @@ class Denoiser(nn.Module):
         first_token: with shift, from which copy the first token of a block is read (see `view.predictors`).
         predicate: who sees whom, called as `sees(query, key)`.
         pattern: the pattern that the network was trained for, which decoders go by.
+        backend: how attention is computed; see `attention.plan`.
     """
 
     def __init__(
@@ -43,6 +44,7 @@ class Denoiser(nn.Module):
         first_token: str = "clean",
         predicate: Callable[[View, View], Tensor] = sees,
         pattern: Pattern = AUTOREGRESSIVE,
+        backend: attention.Backend = "auto",
     ) -> None:
         super().__init__()
         self.network = network
@@ -51,6 +53,7 @@ class Denoiser(nn.Module):
         self.first_token = first_token
         self.predicate = predicate
         self.pattern = pattern
+        self.backend = backend
         self.token_ids = sorted(set(token_ids) - {mask_id})
         banned_V = torch.ones(network.config.vocab_size, dtype=torch.bool)
         banned_V[self.token_ids] = False
@@ -71,7 +74,7 @@ class Denoiser(nn.Module):
             position_ids=view.position_BS,
             past_key_values=cache,
             use_cache=cache is not None,
-            attention_plan=attention.plan(view, self.predicate, keys, self.network.dtype),
+            attention_plan=attention.plan(view, self.predicate, keys, self.network.dtype, self.backend),
         ).last_hidden_state
         if cache is None:
             read_BS = predictors(view, self.mask_id, self.shift, self.first_token)

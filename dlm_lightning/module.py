@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import nonfinite
+from dlm_lightning import attention, nonfinite
 from dlm_lightning.checkpoint import FACTS, agree, rewind
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
@@ -113,10 +113,14 @@ class Recipe(Conversion):
     @property
     def copies(self) -> int:
         """How often a step shows each token of a row to the network: noisy and clean copies."""
+        return self._smallest_view().ids_BS.shape[1]
+
+    def _smallest_view(self) -> View:
+        """What a step shows of a row of one token."""
         token_11 = torch.zeros(1, 1, dtype=torch.long)
         half_11 = torch.full((1, 1), 0.5)
         row = Batch(token_11, token_11, token_11, token_11.bool(), half_11, half_11, token_11[0])
-        return self.show(row, self.corrupt(row, self.pattern), self.pattern).ids_BS.shape[1]
+        return self.show(row, self.corrupt(row, self.pattern), self.pattern)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # 1. the batch brings raw uniforms, a pure function of (seed, sample, epoch, view)
@@ -161,6 +165,9 @@ class Recipe(Conversion):
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""
+        with self.trainer.precision_plugin.forward_context():
+            view = self._smallest_view().to(self.device)
+            attention.require(self.backend, view, self.predicate, self.denoiser.network.dtype)
         check_sight(self.denoiser, self.pattern)
         if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
             check_readout(self.denoiser)

@@ -119,7 +119,7 @@ def _states(denoiser: Denoiser, view: View) -> tuple[list[Tensor], set[int | Non
     def look(own: list[Tensor]) -> Callable[..., None]:
         def hook(_module: nn.Module, _args: Any, options: dict[str, Any], output: Any) -> None:
             own.append((output[0] if isinstance(output, tuple) else output).float())
-            windows.update(getattr(options["attention_plan"], "masks", {}))
+            windows.update(options["attention_plan"].windows)
 
         return hook
 

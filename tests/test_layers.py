@@ -37,7 +37,12 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
 LAYERS = {name: layer for layer, names in SHELVES for name in names}
 SHELF = {name: shelf for shelf, (_, names) in enumerate(SHELVES) for name in names}
 WITHIN = {  # what the files of a folder may import of it; of the folders that are not named here, nothing
-    "attention": {"__init__": {"dense", "flash"}, "flash": {"dense"}},
+    "attention": {
+        "__init__": {"dense", "flash", "flex", "split"},
+        "flash": {"dense"},
+        "split": {"bounds", "dense"},
+        "flex": {"bounds"},
+    },
     "decode": {
         "reuse": {"canvas"},
         "selector": {"canvas"},

@@ -6,16 +6,19 @@ The transformers network is built with `attn_implementation=NAME`; the plan reac
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 import torch
 from torch import Tensor
 from transformers import AttentionInterface
 
-from dlm_lightning.attention import dense, flash
+from dlm_lightning.attention import dense, flash, flex, split
 from dlm_lightning.view import View
 
 NAME = "dlm_lightning"
-Plan = dense.Plan | flash.Plan | flash.CachedPlan
+SMALL = 512  # tokens of a row below which a GPU's dense mask costs less than a kernel that is compiled for it
+Backend = Literal["auto", "dense", "split", "flex", "flash"]
+Plan = dense.Plan | split.Plan | flex.Plan | flash.Plan | flash.CachedPlan
 
 
 def plan(
@@ -23,15 +26,48 @@ def plan(
     predicate: Callable[[View, View], Tensor],
     keys: View | None = None,
     dtype: torch.dtype = torch.float32,
+    backend: Backend = "auto",
 ) -> Plan:
-    """The plan of the fastest installed backend that computes exactly what the predicate says for this view.
+    """The plan of a backend, which computes exactly what the predicate says for this view.
 
-    `keys`, by default the view itself, are the tokens it looks at: with a cache, the context and then the view.
-    `dtype` is that of the network's parameters.
+    `keys`, by default the view itself, are the tokens it looks at: with a cache, the context and then the view. `dtype`
+    is that of the network's parameters. A backend that is asked for computes what it can, the fastest one the rest.
     """
-    if keys is None or keys is view:
-        return flash.plan(view, predicate, dtype) or dense.plan(view, predicate)
-    return flash.cached_plan(view, predicate, keys, dtype) or dense.plan(view, predicate, keys)
+    if keys is not None and keys is not view:
+        return flash.cached_plan(view, predicate, keys, dtype) or dense.plan(view, predicate, keys)
+    return _plan(backend, view, predicate, dtype) or _fastest(view, predicate, dtype)
+
+
+def require(
+    backend: Backend, view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype = torch.float32
+) -> None:
+    """Raises ValueError for a backend that does not compute such views."""
+    if backend != "auto" and _plan(backend, view, predicate, dtype) is None:
+        raise ValueError(f"model.attention: {backend} does not compute this recipe's views; it {NEEDS[backend]}")
+
+
+NEEDS = {
+    "split": "needs a CPU",
+    "flex": "needs CUDA, Triton and a recipe that keeps the family's predicate",
+    "flash": "needs CUDA, bfloat16, and documents that are each attended in full or causally",
+}
+
+
+def _plan(backend: Backend, view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype) -> Plan | None:
+    if backend == "dense":
+        return dense.plan(view, predicate)
+    if backend == "split":
+        return split.plan(view, predicate)
+    if backend == "flex":
+        return flex.plan(view, predicate)
+    return flash.plan(view, predicate, dtype) if backend == "flash" else None
+
+
+def _fastest(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype) -> Plan:
+    found: Plan | None = split.plan(view, predicate) or flash.plan(view, predicate, dtype)
+    if found is None and view.ids_BS.shape[1] >= SMALL:
+        found = flex.plan(view, predicate)
+    return found or dense.plan(view, predicate)
 
 
 def attend(

@@ -24,6 +24,11 @@ class Plan:
     predicate: Callable[[View, View], Tensor]
     masks: dict[int | None, Tensor] = field(default_factory=dict)
 
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers have asked for; None is without one."""
+        return {*self.masks}
+
     def mask(self, window: int | None = None) -> Tensor:
         """A bool mask [B, 1, S, K], true where the query (third axis) sees the key."""
         if window not in self.masks:

@@ -1,4 +1,4 @@
-"""FlashAttention, where flash-attn is installed: packed documents in full or causally, and blocks on a cache.
+"""FlashAttention by flash-attn or torch's own: packed documents in full or causally, and blocks on a cache.
 
 Views say so themselves (`View.structure`), because looking at the coordinates would wait for the device.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from inspect import signature
 from typing import Any
 
 import torch
@@ -21,12 +22,29 @@ HALF = torch.bfloat16  # what float32 becomes under autocast
 
 @cache
 def kernel() -> Callable | None:
-    """flash-attn's packed kernel, or None where the package is missing."""
+    """flash-attn's packed kernel, or torch's own, which has no softcap; None where neither is installed."""
     try:
         from flash_attn import flash_attn_varlen_func  # an extra; importing it needs CUDA
     except ImportError:
-        return None
+        return own_kernel()
     return flash_attn_varlen_func
+
+
+def own_kernel() -> Callable | None:
+    """Torch's packed kernel, called as flash-attn's is; None where this torch has none that shares keys among heads."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return None
+    if "enable_gqa" not in signature(varlen_attn).parameters:
+        return None
+
+    def attend(*runs: Any, softmax_scale: float | None, causal: bool, window_size: tuple[int, int]) -> Any:
+        left, right = window_size
+        options: Any = {"window_size": (left, 0) if causal else (left, right), "enable_gqa": True}
+        return varlen_attn(*runs, scale=softmax_scale, **options)
+
+    return attend
 
 
 @cache
@@ -46,6 +64,12 @@ class Plan:
     starts: Tensor
     longest: int
     causal: bool
+    masked: dense.Plan  # for what the kernel has not
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that had to be materialised."""
+        return self.masked.windows
 
     def attend(
         self,
@@ -57,13 +81,17 @@ class Plan:
         softcap: float | None = None,
     ) -> Tensor:
         """Attention of H query heads over G key and value heads, document by document: [B, S, H, D]."""
+        attend: Any = kernel()
+        if softcap is not None and "softcap" not in signature(attend).parameters:
+            return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
         B, _, S, _ = q_BHSD.shape
         half = HALF if q_BHSD.dtype == torch.float32 else q_BHSD.dtype
         flat = [x.transpose(1, 2).flatten(0, 1).to(half) for x in (q_BHSD, k_BGSD, v_BGSD)]
         runs = (self.starts, self.starts, self.longest, self.longest)
-        attend: Any = kernel()
         reach = -1 if window is None else window - 1  # -1 is without end
-        options = {"softmax_scale": scaling, "window_size": (reach, reach), "softcap": softcap or 0.0}
+        options: dict[str, Any] = {"softmax_scale": scaling, "window_size": (reach, reach)}
+        if softcap is not None:
+            options["softcap"] = softcap
         out = attend(*flat, *runs, causal=self.causal, **options)
         return out.view(B, S, *out.shape[1:]).to(q_BHSD.dtype)
 
@@ -80,7 +108,8 @@ def plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dty
     changes_BS[:, 1:] = document_BS.diff() != 0
     starts = changes_BS.flatten().nonzero().squeeze(1)
     starts = torch.cat([starts, starts.new_tensor([document_BS.numel()])]).int()
-    return Plan(starts, int(starts.diff().max()), view.structure == "causal")
+    longest = document_BS.shape[1]  # a bound, so that nothing waits for the device
+    return Plan(starts, longest, view.structure == "causal", dense.plan(view, predicate))
 
 
 @dataclass(frozen=True)
@@ -94,6 +123,11 @@ class CachedPlan:
     reach_N: Tensor
     size: int
     masked: dense.Plan
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that had to be materialised."""
+        return self.masked.windows
 
     def attend(
         self,

@@ -10,10 +10,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import varlen
 from transformers.masking_utils import and_masks, causal_mask_function, sliding_window_overlay
 
 from dlm_lightning import attention
-from dlm_lightning.attention import dense, flash
+from dlm_lightning.attention import dense, flash, split
 from dlm_lightning.loss import score
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, attention_mask, sees
 
@@ -76,7 +77,8 @@ def test_a_view_with_keys_before_its_own_attends_as_the_rows_of_the_whole(make_b
 def test_only_a_view_that_looks_at_itself_is_for_flash(make_batch, monkeypatch):
     monkeypatch.setattr(flash, "plan", lambda *_: "runs")
     view = AUTOREGRESSIVE.lay_out(packed(make_batch), [], MASK)
-    assert attention.plan(view, sees) == attention.plan(view, sees, view) == "runs"
+    there = on_device(view)
+    assert attention.plan(there, sees) == attention.plan(there, sees, there) == "runs"
     assert isinstance(attention.plan(view[:, 3:], sees, view), dense.Plan)
 
 
@@ -123,7 +125,7 @@ def test_sinks_which_no_backend_computes_are_refused(make_batch):
 
 
 @pytest.mark.parametrize("view_of", [Pattern(None), AUTOREGRESSIVE, Pattern(3, "clean")], ids=str)
-def test_without_a_device_or_the_package_the_plan_is_dense(make_batch, monkeypatch, view_of):
+def test_without_a_device_or_the_package_nothing_is_for_flash(make_batch, monkeypatch, view_of):
     batch = packed(make_batch)
     view = view_of.lay_out(batch, [batch.maskable_BL], MASK)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
@@ -131,7 +133,7 @@ def test_without_a_device_or_the_package_the_plan_is_dense(make_batch, monkeypat
     assert flash.plan(view, sees) is None
     monkeypatch.setattr(flash, "kernel", lambda: None)
     assert flash.plan(on_device(view), sees) is None
-    assert isinstance(attention.plan(view, sees), dense.Plan)
+    assert isinstance(attention.plan(view, sees), split.Plan)
 
 
 def on_device(view):
@@ -140,11 +142,11 @@ def on_device(view):
 
 
 def packed_kernel(
-    q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal, window_size, softcap
+    q_ThD, k_TgD, v_TgD, starts_q, starts_k, longest_q, longest_k, softmax_scale, causal, window_size, softcap=None
 ):
     """What flash-attn documents of `flash_attn_varlen_func`, by loops over the runs."""
     assert starts_q.dtype == torch.int32 and torch.equal(starts_q, starts_k) and longest_q == longest_k
-    assert starts_q[0] == 0 and starts_q[-1] == len(q_ThD) and longest_q == starts_q.diff().max()
+    assert starts_q[0] == 0 and starts_q[-1] == len(q_ThD) and longest_q >= starts_q.diff().max()
     out = []
     for first, last in pairwise(starts_q.tolist()):
         run = [x[first:last].transpose(0, 1)[None] for x in (q_ThD, k_TgD, v_TgD)]
@@ -168,6 +170,61 @@ def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch
     for window, softcap in [(None, None), (3, None), (1, 2.0)]:
         out_BSHD, expected = (p.attend(*inputs, 0.5, window, softcap) for p in (plan, dense.plan(view, sees)))
         assert torch.allclose(out_BSHD, expected, atol=1e-6)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window", [None, 3])
+def test_torchs_own_kernel_is_called_as_flash_attention_is(make_batch, monkeypatch, causal, window):
+    def varlen_attn(*runs, scale, window_size, enable_gqa):
+        """What torch documents of it: a causal order is a window without a right side."""
+        assert enable_gqa
+        left, right = window_size
+        return packed_kernel(*runs, scale, right == 0, (left, -1 if right == 0 else right))
+
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_attn)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
+    own = flash.own_kernel()
+    monkeypatch.setattr(flash, "kernel", lambda: own)
+    batch = packed(make_batch)
+    view = (AUTOREGRESSIVE if causal else Pattern(None)).lay_out(batch, [] if causal else [batch.maskable_BL], MASK)
+    plan = flash.plan(on_device(view), sees)
+    plan = replace(plan, masked=dense.plan(view, sees))
+    inputs = qkv(view, 4, 2)
+    for softcap in (None, 2.0):
+        out_BSHD, expected = (p.attend(*inputs, 0.5, window, softcap) for p in (plan, dense.plan(view, sees)))
+        assert torch.allclose(out_BSHD, expected, atol=1e-6)
+    assert plan.windows == {window}  # torch's has no softcap, so that one went by the mask
+
+
+def test_without_shared_keys_torchs_own_kernel_is_none(monkeypatch):
+    monkeypatch.setattr(varlen, "varlen_attn", lambda query, key, value, is_causal: None)
+    assert flash.own_kernel() is None
+
+
+BACKENDS = {"dense": dense.Plan, "split": split.Plan, "auto": split.Plan}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("pattern", [Pattern(3, "clean"), Pattern(None), AUTOREGRESSIVE], ids=str)
+def test_a_backend_may_be_asked_for(make_batch, backend, pattern):
+    batch = packed(make_batch)
+    view = pattern.lay_out(batch, [batch.maskable_BL], MASK)
+    plan = attention.plan(view, sees, backend=backend)
+    assert type(plan) is BACKENDS[backend]
+    inputs = qkv(view, 4, 2)
+    assert torch.allclose(plan.attend(*inputs, 0.7), naive(*inputs, attention_mask(view), 0.7))
+
+
+@pytest.mark.parametrize("backend", ["flex", "flash"])
+def test_a_backend_that_does_not_compute_a_view_leaves_it_to_the_fastest_and_cannot_be_required(make_batch, backend):
+    view = AUTOREGRESSIVE.lay_out(packed(make_batch), [], MASK)
+    assert isinstance(attention.plan(view, sees, backend=backend), split.Plan)
+    for fine in ("auto", "dense", "split"):
+        attention.require(fine, view, sees)
+    with pytest.raises(ValueError, match=rf"model.attention: {backend} does not compute .* it needs CUDA"):
+        attention.require(backend, view, sees)
+    with pytest.raises(ValueError, match=r"model.attention: split does not compute .* it needs a CPU"):
+        attention.require("split", on_device(view), sees)
 
 
 def test_flash_leaves_other_predicates_and_views_to_the_mask(make_batch, monkeypatch):

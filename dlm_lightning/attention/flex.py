@@ -1,0 +1,100 @@
+"""FlexAttention on CUDA: torch's compiled kernel under a block mask that is built from bounds, without a dense one.
+
+Shapes: B rows, S tokens of a row, Q tiles of tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
+from torch.utils._triton import has_triton
+
+from dlm_lightning.attention import bounds
+from dlm_lightning.view import View, near, sees
+
+SIZE = 128  # tokens of a tile, the kernel's own
+
+
+@cache
+def kernel() -> Callable[..., Any]:
+    """The compiled kernel, one for all plans; static shapes, because there are as many as there are views."""
+    return torch.compile(flex_attention, dynamic=False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The block masks of a view [B, S] that looks at itself, for each sliding window that layers ask for."""
+
+    view: View
+    predicate: Callable[[View, View], Tensor]
+    masks: dict[int | None, BlockMask] = field(default_factory=dict)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers have asked for; None is without one."""
+        return {*self.masks}
+
+    def mask(self, window: int | None = None) -> BlockMask:
+        """The block mask of layers with this window."""
+        if window not in self.masks:
+            self.masks[window] = block_mask(self.view, self.predicate, window)
+        return self.masks[window]
+
+    def attend(
+        self,
+        q_BHSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of H query heads over G key and value heads: [B, S, H, D]."""
+        gqa = q_BHSD.shape[1] != k_BGSD.shape[1]
+        options = {"score_mod": _capped(softcap), "block_mask": self.mask(window), "scale": scaling, "enable_gqa": gqa}
+        return kernel()(q_BHSD, k_BGSD, v_BGSD, **options).transpose(1, 2).contiguous()
+
+
+def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
+    """The block mask of a view on CUDA; None without CUDA or Triton, or under another predicate than the family's."""
+    return Plan(view, predicate) if view.ids_BS.is_cuda and predicate is sees and has_triton() else None
+
+
+def block_mask(view: View, predicate: Callable[[View, View], Tensor], window: int | None = None) -> BlockMask:
+    """Which tiles of a view the kernel skips, looks at pair by pair, or takes whole."""
+    tiles = bounds.tiles(view, SIZE, predicate, window)
+    whole_BQT = tiles.some_BQT & tiles.all_BQT
+    S = view.ids_BS.shape[1]
+
+    def looks(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        query, key = view[b, q], view[b, k]
+        seen = predicate(query, key)
+        return seen if window is None else seen & near(query, key, window)
+
+    return BlockMask.from_kv_blocks(
+        *_listed(tiles.some_BQT & ~whole_BQT), *_listed(whole_BQT), BLOCK_SIZE=SIZE, mask_mod=looks, seq_lengths=(S, S)
+    )
+
+
+def _listed(chosen_BQT: Tensor) -> tuple[Tensor, Tensor]:
+    """How many tiles of keys are chosen for each tile of queries, and which, those first: int32, one head for all."""
+    which_BQT = chosen_BQT.int().argsort(dim=2, descending=True, stable=True)
+    return chosen_BQT.sum(2, dtype=torch.int32)[:, None], which_BQT.int()[:, None]
+
+
+@cache
+def _capped(softcap: float | None) -> Callable[..., Tensor] | None:
+    """A score's c·tanh(score / c), as Gemma 2 has it; the same function each time, so that nothing compiles anew."""
+    if softcap is None:
+        return None
+
+    def capped(score: Tensor, *_place: Tensor) -> Tensor:
+        return softcap * torch.tanh(score / softcap)
+
+    return capped

@@ -1,0 +1,184 @@
+"""Attention tile by tile on CPUs: each tile of queries meets only the tiles of keys in which it sees something.
+
+Shapes: B rows, b rows of one layout, S tokens of a row, H query heads, G key and value heads, K keys that a tile meets,
+of which P are looked at pair by pair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from dlm_lightning.attention import bounds, dense
+from dlm_lightning.view import View, attention_mask
+
+SIZE = 64  # tokens of a tile
+HIDDEN = -1e30  # finite, because a query that sees no key of its own tiles must not become a NaN
+
+_attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+_attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+
+
+class Tile(NamedTuple):
+    """Queries at `span` of the `rows`, and the spans of keys that they meet, those that all of them see first.
+
+    mask_b1SP: 0 where a query sees one of the last P keys, HIDDEN elsewhere; None where all are seen.
+    """
+
+    rows: slice | Tensor
+    span: slice
+    keys: list[slice]
+    mask_b1SP: Tensor | None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The tiles of a view [B, S] that looks at itself, for each sliding window that layers ask for."""
+
+    view: View
+    predicate: Callable[[View, View], Tensor]
+    masked: dense.Plan  # for what the kernel has not
+    tiles: dict[int | None, list[Tile]] = field(default_factory=dict)
+
+    @property
+    def windows(self) -> set[int | None]:
+        """The sliding windows that layers have asked for; None is without one."""
+        return self.masked.windows | self.tiles.keys()
+
+    def lay_out(self, window: int | None = None) -> list[Tile]:
+        """The tiles of layers with this window."""
+        if window not in self.tiles:
+            self.tiles[window] = _tiles(self.view, self.predicate, window)
+        return self.tiles[window]
+
+    def attend(
+        self,
+        q_BHSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        scaling: float | None,
+        window: int | None = None,
+        softcap: float | None = None,
+    ) -> Tensor:
+        """Attention of H query heads over G key and value heads: [B, S, H, D]."""
+        if softcap is not None:
+            return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
+        own = q_BHSD.dtype
+        if own == torch.bfloat16 and not _has_bfloat16():
+            q_BHSD, k_BGSD, v_BGSD = q_BHSD.float(), k_BGSD.float(), v_BGSD.float()
+        out_BHSD = _Tiled.apply(q_BHSD, k_BGSD, v_BGSD, scaling, self.lay_out(window))
+        return out_BHSD.transpose(1, 2).contiguous().to(own)
+
+
+def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
+    """The tiles of a view that looks at itself; None for one that is not on a CPU."""
+    return None if view.ids_BS.is_cuda else Plan(view, predicate, dense.plan(view, predicate))
+
+
+def _tiles(view: View, predicate: Callable[[View, View], Tensor], window: int | None) -> list[Tile]:
+    """All tiles; rows in which the same tiles see each other are attended together."""
+    some_BQT, all_BQT = bounds.tiles(view, SIZE, predicate, window)
+    some_BQT = some_BQT | torch.eye(some_BQT.shape[1], dtype=torch.bool, device=some_BQT.device)
+    layouts: dict[str, list[int]] = {}
+    relations = (some_BQT.long() + (some_BQT & all_BQT)).tolist()  # 0: unseen, 1: to be looked at, 2: seen
+    for row, relation in enumerate(relations):
+        layouts.setdefault(str(relation), []).append(row)
+    found = []
+    for rows_b in layouts.values():
+        together = slice(None) if len(layouts) == 1 else torch.tensor(rows_b)
+        own = view[together,]
+        for number, relation_T in enumerate(relations[rows_b[0]]):
+            span, length = slice(number * SIZE, (number + 1) * SIZE), view.ids_BS.shape[1]
+            seen, looked = ([t for t, kind in enumerate(relation_T) if kind == which] for which in (2, 1))
+            mask_b1SP = _mask(own, span, _spans(looked, length), predicate, window) if looked else None
+            found.append(Tile(together, span, _spans(seen, length) + _spans(looked, length), mask_b1SP))
+    return found
+
+
+def _spans(tiles: Sequence[int], length: int) -> list[slice]:
+    """Tiles in ascending order as spans, neighbours joined."""
+    spans: list[slice] = []
+    for tile in tiles:
+        first, last = tile * SIZE, min((tile + 1) * SIZE, length)
+        if spans and spans[-1].stop == first:
+            first = spans.pop().start
+        spans.append(slice(first, last))
+    return spans
+
+
+def _mask(view: View, queries: slice, spans: list[slice], predicate: Any, window: int | None) -> Tensor:
+    keys_P = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+    seen_b1SP = attention_mask(view[:, queries], predicate, view[:, keys_P], window)[:, None]
+    if torch.equal(seen_b1SP, seen_b1SP[:1].expand_as(seen_b1SP)):
+        seen_b1SP = seen_b1SP[:1]
+    return torch.zeros(seen_b1SP.shape).masked_fill_(~seen_b1SP, HIDDEN)
+
+
+class _Tiled(torch.autograd.Function):
+    """Torch's CPU kernel on each tile, of whose keys and mask nothing is kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None, tiles: list[Tile]):
+        out_BHSD = torch.empty_like(q_BHSD)
+        lse_BHS = q_BHSD.new_empty(q_BHSD.shape[:3], dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
+        for tile in tiles:
+            at = (tile.rows, slice(None), tile.span)
+            met = _met(tile, q_BHSD, k_BGSD, v_BGSD)
+            out, lse = _attend(*met.inputs, attn_mask=met.mask, scale=scaling)
+            out_BHSD[at] = out.reshape(out_BHSD[at].shape)
+            lse_BHS[at] = lse.reshape(lse_BHS[at].shape)
+        ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSD, out_BHSD, lse_BHS)
+        ctx.scaling, ctx.tiles = scaling, tiles
+        return out_BHSD
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        q_BHSD, k_BGSD, v_BGSD, out_BHSD, lse_BHS = ctx.saved_tensors
+        dq_BHSD, dk_BGSD, dv_BGSD = (torch.zeros_like(x) for x in (q_BHSD, k_BGSD, v_BGSD))
+        for tile in ctx.tiles:
+            at = (tile.rows, slice(None), tile.span)
+            met = _met(tile, q_BHSD, k_BGSD, v_BGSD)
+            done = [_folded(x[at], k_BGSD.shape[1]) for x in (grad_outputs[0], out_BHSD, lse_BHS)]
+            dq, dk, dv = _attend_backward(
+                done[0], *met.inputs, *done[1:], 0.0, False, attn_mask=met.mask, scale=ctx.scaling
+            )
+            dq_BHSD[at] = dq.reshape(dq_BHSD[at].shape)
+            first = 0
+            for span in tile.keys:
+                last = first + span.stop - span.start
+                dk_BGSD[tile.rows, :, span] += dk[:, :, first:last]
+                dv_BGSD[tile.rows, :, span] += dv[:, :, first:last]
+                first = last
+        return dq_BHSD, dk_BGSD, dv_BGSD, None, None
+
+
+class _Met(NamedTuple):
+    """What the kernel takes for a tile; the query heads that share keys lie one behind the other."""
+
+    inputs: tuple[Tensor, Tensor, Tensor]
+    mask: Tensor | None
+
+
+def _met(tile: Tile, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> _Met:
+    q_bGSD = _folded(q_BHSD[tile.rows, :, tile.span], k_BGSD.shape[1])
+    k_bGKD, v_bGKD = (torch.cat([x[tile.rows, :, span] for span in tile.keys], 2) for x in (k_BGSD, v_BGSD))
+    if tile.mask_b1SP is None:
+        return _Met((q_bGSD, k_bGKD, v_bGKD), None)
+    b, _, S, P = tile.mask_b1SP.shape
+    mask_b1SK = q_bGSD.new_zeros(b, 1, q_bGSD.shape[2], k_bGKD.shape[2])
+    mask_b1SK.unflatten(2, (-1, S))[..., -P:] = tile.mask_b1SP[:, :, None]
+    return _Met((q_bGSD, k_bGKD, v_bGKD), mask_b1SK)
+
+
+def _folded(x_bHS: Tensor, groups: int) -> Tensor:
+    """[b, H, S, …] as [b, G, S·H/G, …]."""
+    return x_bHS.unflatten(1, (groups, -1)).flatten(2, 3)
+
+
+def _has_bfloat16() -> bool:
+    """Whether this CPU computes in bfloat16; where it does not, torch imitates it, many times slower than float32."""
+    return torch.cpu._is_avx512_bf16_supported()
