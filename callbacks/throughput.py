@@ -94,7 +94,7 @@ class Throughput(L.Callback):
 
         def after(*_: Any) -> None:
             stack.close()
-            self._flops = needed(counter.get_total_flops(), recipe.denoiser)
+            self._flops = needed(counter.forward, recipe.denoiser)
             for handle in handles:
                 handle.remove()
 

@@ -1,24 +1,21 @@
 """The Denoiser: a decoder-only transformers model that is shown views and predicts the tokens asked for.
 
 Shapes: B rows, S tokens of a row of the view, K tokens of a row that the view looks at (S, or with a cache its slots),
-N tokens asked for, D hidden size, V vocabulary.
+N tokens asked for, D hidden size, V vocabulary, X of its rows that are banned.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from typing import overload
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dlm_lightning import attention
+from dlm_lightning import attention, readout
 from dlm_lightning.cache import Cache
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, View, predictors, sees
-
-CHUNK = 2048  # tokens whose logits exist at the same time
 
 
 class Denoiser(nn.Module):
@@ -34,6 +31,8 @@ class Denoiser(nn.Module):
         pattern: the pattern that the network was trained for, which decoders go by.
         backend: how attention is computed; see `attention.plan`.
     """
+
+    banned_X: Tensor
 
     def __init__(
         self,
@@ -55,15 +54,29 @@ class Denoiser(nn.Module):
         self.pattern = pattern
         self.backend = backend
         self.token_ids = sorted(set(token_ids) - {mask_id})
-        banned_V = torch.ones(network.config.vocab_size, dtype=torch.bool)
-        banned_V[self.token_ids] = False
-        self.register_buffer("banned_V", banned_V, persistent=False)
+        banned = sorted(set(range(network.config.vocab_size)) - set(self.token_ids))
+        self.register_buffer("banned_X", torch.tensor(banned, dtype=torch.long), persistent=False)
 
-    def forward(self, view: View, keep_N: Tensor, target_N: Tensor | None = None, cache: Cache | None = None) -> Tensor:
+    @overload
+    def forward(
+        self, view: View, keep_N: Tensor, target_N: Tensor | None = None, *, cache: Cache | None = None
+    ) -> Tensor: ...
+
+    @overload
+    def forward(self, view: View, keep_N: Tensor, target_N: Tensor, weight_N: Tensor) -> tuple[Tensor, Tensor]: ...
+
+    def forward(
+        self,
+        view: View,
+        keep_N: Tensor,
+        target_N: Tensor | None = None,
+        weight_N: Tensor | None = None,
+        cache: Cache | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Logits [N, V] of the tokens at the flat indices `keep_N` of [B·S], or with targets their −log p [N].
 
-        −log p is computed chunk by chunk and recomputed in the backward pass: no tensor of N × V is kept. Tokens
-        without a predecessor (the first of a document in its row, under shift) must not be asked for.
+        With weights the sum Σ w·(−log p), which has a gradient, and each −log p, which has none. No tensor of N × V is
+        kept. Tokens without a predecessor (the first of a document in its row, under shift) must not be asked for.
 
         With a cache, of P positions, `keep_N` are flat indices of [B·P]: positions, whether shown now or not. One that
         was shown as the mask last is read as in training, all others from the position before.
@@ -74,7 +87,7 @@ class Denoiser(nn.Module):
             position_ids=view.position_BS,
             past_key_values=cache,
             use_cache=cache is not None,
-            attention_plan=attention.plan(view, self.predicate, keys, self.network.dtype, self.backend),
+            attention_plan=self.plan(view, keys),
         ).last_hidden_state
         if cache is None:
             read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
@@ -85,20 +98,11 @@ class Denoiser(nn.Module):
             own_N = (cache.ids_BP[row_N, position_N] == self.mask_id) & (self.shift == "none")
             hidden_ND = cache.remember(hidden_BSD)[row_N, position_N - (~own_N).long()]
         if target_N is None:
-            return self._logits(hidden_ND)
-        chunks = zip(hidden_ND.split(CHUNK), target_N.split(CHUNK), strict=True)
-        return torch.cat([checkpoint(self._nll, *chunk, use_reentrant=False) for chunk in chunks])
+            return readout.logits(self.network, hidden_ND, self.banned_X)
+        if weight_N is None:
+            return readout.nll(self.network, hidden_ND, target_N, self.banned_X)
+        return readout.weighted_nll(self.network, hidden_ND, target_N, weight_N, self.banned_X)
 
-    def _logits(self, hidden_ND: Tensor) -> Tensor:
-        """The network's own readout, with what some families do to the logits after the head (a probe compares)."""
-        config = self.network.config
-        logits_NV = self.network.get_output_embeddings()(hidden_ND).float()
-        scale = getattr(config, "logit_scale", None) or 1 / (getattr(config, "logits_scaling", None) or 1)
-        if scale != 1:
-            logits_NV = logits_NV * scale
-        if cap := getattr(config, "final_logit_softcapping", None):
-            logits_NV = cap * torch.tanh(logits_NV / cap)
-        return logits_NV.masked_fill_(self.banned_V, -torch.inf)
-
-    def _nll(self, hidden_ND: Tensor, target_N: Tensor) -> Tensor:
-        return F.cross_entropy(self._logits(hidden_ND), target_N, reduction="none")
+    def plan(self, view: View, keys: View) -> attention.Plan:
+        """Who sees whom in all layers of a forward."""
+        return attention.plan(view, self.predicate, keys, self.network.dtype, self.backend)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dlm_lightning.likelihood import redrawn
-from dlm_lightning.loss import score, weighted_sum
+from dlm_lightning.loss import score
 from dlm_lightning.module import Recipe
 from dlm_lightning.view import Batch
 
@@ -56,8 +56,7 @@ def _gradients(recipe: Recipe, batch: Batch, parameters: list[torch.nn.Parameter
     copies = recipe.corrupt(batch, recipe.pattern)
     view = recipe.show(batch, copies, recipe.pattern)
     scored = score(batch, view, copies, recipe.ar_weight)
-    nll_N = recipe.denoiser(view, scored.index_N, scored.target_N)
-    loss = weighted_sum(nll_N, scored.weight_N) / batch.maskable_BL.sum().clamp(min=1)
+    loss = recipe.denoiser(view, *scored)[0] / batch.maskable_BL.sum().clamp(min=1)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.float() for p, g in zip(parameters, found, strict=True)]
 

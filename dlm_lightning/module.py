@@ -128,12 +128,11 @@ class Recipe(Conversion):
         pattern = self.train_pattern
         copies = self.corrupt(batch, pattern)
         view = self.show(batch, copies, pattern)
-        # 3. −log p [N] at the positions that are scored
+        # 3. −log p [N] at the positions that are scored, and their weighted sum
         scored = score(batch, view, copies, self.ar_weight)
-        nll_N = self.denoiser(view, scored.index_N, scored.target_N)
-        # 4. a weighted sum; `on_before_optimizer_step` divides by the count over ranks and micro-batches, so the
-        #    division that Lightning and the strategy are about to make is undone here
-        loss = weighted_sum(nll_N, scored.weight_N)
+        loss, nll_N = self.denoiser(view, *scored)
+        # 4. a sum; `on_before_optimizer_step` divides by the count over ranks and micro-batches, so the division that
+        #    Lightning and the strategy are about to make is undone at the end
         # 5. what is logged: a vector that is added up over micro-batches here, over ranks before the optimizer step
         noise_block = pattern.block_size if self.noise.t_per == "block" else None
         counted = count(batch, view, copies, scored, nll_N, noise_block)

@@ -18,10 +18,10 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from dlm_lightning import attention
 from dlm_lightning.allocator import Allocator
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.flops import FlopCounter
-from dlm_lightning.loss import weighted_sum
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import Masked
 from dlm_lightning.source import decoder_layers
@@ -138,11 +138,12 @@ def rehearse(
     Raises ValueError for a network whose shapes depend on what it computes.
     """
     recipe.pretrained = False
+    plan = _attention(recipe, batch, copies)
     allocator = None if gpu else Allocator()
     gc.freeze()  # what is there already makes no cycles with the rehearsal, and need not be looked at again and again
     try:
-        with FakeTensorMode() as fake, Ledger(allocator) as ledger:
-            return _rehearse(recipe, _Faked(fake, batch, copies, scored), accumulate, ledger)
+        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Ledger(allocator) as ledger:
+            return _rehearse(recipe, _Faked(fake, batch, copies, scored), plan, accumulate, ledger)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
             f"model: {type(recipe).__name__} cannot be planned: what it computes decides a shape ({error})"
@@ -151,6 +152,15 @@ def rehearse(
         gc.unfreeze()
         if allocator:
             allocator.close()
+
+
+def _attention(recipe: Recipe, batch: Batch, copies: Sequence[Masked]) -> attention.Plan:
+    """Who sees whom, by the real coordinates: what is skipped depends on them."""
+    plan = attention.plan(recipe.show(batch, copies, recipe.pattern), recipe.predicate, backend=recipe.backend)
+    if isinstance(plan, attention.split.Plan):
+        for window in {None, getattr(recipe.model_config, "sliding_window", None)}:
+            plan.lay_out(window)
+    return plan
 
 
 class _Faked:
@@ -184,11 +194,12 @@ def _converted_anew() -> Iterator[None]:
         nn.Module._apply = own  # type: ignore[method-assign]
 
 
-def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, ledger: Ledger) -> Rehearsal:
+def _rehearse(recipe: Recipe, faked: _Faked, plan: attention.Plan, accumulate: int, ledger: Ledger) -> Rehearsal:
     with _converted_anew():
         recipe.configure_model()
     precision = recipe.trainer.precision_plugin  # not before: building the network may settle it
     denoiser = recipe.denoiser.train()
+    denoiser.plan = lambda *_: plan  # type: ignore[method-assign]
     optimizer = recipe.configure_optimizers()["optimizer"]
     for group in optimizer.param_groups:
         group["foreach"] = ledger.allocator is None
@@ -204,9 +215,8 @@ def _rehearse(recipe: Recipe, faked: _Faked, accumulate: int, ledger: Ledger) ->
         with FlopCounter() as counter:
             with precision.forward_context():
                 view = recipe.show(faked.batch, faked.copies, recipe.pattern)
-                nll_N = denoiser(view, faked.index_N, faked.index_N)
-                loss = weighted_sum(nll_N, faked.weight_N)
-            activations, forward = ledger.alive - before, counter.get_total_flops()
+                loss, _ = denoiser(view, faked.index_N, faked.index_N, faked.weight_N)
+            activations, forward = ledger.alive - before, counter.forward
             if first:
                 optimizer.zero_grad()
                 ledger.gradients = 0

@@ -58,7 +58,8 @@ class Plan:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         gqa = q_BHSD.shape[1] != k_BGSD.shape[1]
         options = {"score_mod": _capped(softcap), "block_mask": self.mask(window), "scale": scaling, "enable_gqa": gqa}
-        return kernel()(q_BHSD, k_BGSD, v_BGSD, **options).transpose(1, 2).contiguous()
+        own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
+        return kernel()(q_BHSD.to(own), k_BGSD.to(own), v_BGSD, **options).transpose(1, 2).contiguous()
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlm_lightning import bfloat16
 from dlm_lightning.attention import bounds, dense
 from dlm_lightning.view import View, attention_mask
 
@@ -67,10 +68,10 @@ class Plan:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         if softcap is not None:
             return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
-        own = q_BHSD.dtype
-        if own == torch.bfloat16 and not _has_bfloat16():
-            q_BHSD, k_BGSD, v_BGSD = q_BHSD.float(), k_BGSD.float(), v_BGSD.float()
-        out_BHSD = _Tiled.apply(q_BHSD, k_BGSD, v_BGSD, scaling, self.lay_out(window))
+        own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
+        imitated = own == torch.bfloat16 and not bfloat16.in_hardware(v_BGSD.device)
+        inputs = (x.to(torch.float32 if imitated else own) for x in (q_BHSD, k_BGSD, v_BGSD))
+        out_BHSD = _Tiled.apply(*inputs, scaling, self.lay_out(window))
         return out_BHSD.transpose(1, 2).contiguous().to(own)
 
 
@@ -177,8 +178,3 @@ def _met(tile: Tile, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> _Met:
 def _folded(x_bHS: Tensor, groups: int) -> Tensor:
     """[b, H, S, …] as [b, G, S·H/G, …]."""
     return x_bHS.unflatten(1, (groups, -1)).flatten(2, 3)
-
-
-def _has_bfloat16() -> bool:
-    """Whether this CPU computes in bfloat16; where it does not, torch imitates it, many times slower than float32."""
-    return torch.cpu._is_avx512_bf16_supported()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from dlm_lightning import bfloat16
 from dlm_lightning.attention import dense, split
 from dlm_lightning.flops import FlopCounter
 from dlm_lightning.loss import score
@@ -102,7 +103,7 @@ def test_where_a_cpu_has_no_bfloat16_it_computes_in_float32(make_batch, monkeypa
     inputs = [x.detach().bfloat16().requires_grad_() for x in qkv(view, 4, 2)]
     exact = dense.plan(view, sees).attend(*(x.double() for x in inputs), None)
     for has, error in ((False, 2**-8), (True, 2**-6)):
-        monkeypatch.setattr(split, "_has_bfloat16", lambda has=has: has)
+        monkeypatch.setattr(bfloat16, "in_hardware", lambda _device, has=has: has)
         out = split.plan(view, sees).attend(*inputs, None)
         assert out.dtype == torch.bfloat16
         assert torch.allclose(out.double(), exact, atol=error)

@@ -1,0 +1,122 @@
+"""The head against plain cross-entropy: values, gradients under weights, and how many logits ever exist."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from dlm_lightning import bfloat16, readout
+from dlm_lightning.view import Pattern
+
+by_family = pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "cohere", "granite"])
+by_tied = pytest.mark.parametrize("tied", [False, True], ids=["untied", "tied"])
+by_chunk = pytest.mark.parametrize("chunk", [1, 4, 1000])
+
+
+def shown(make_batch, denoiser):
+    """A view with packed, continued and padded documents; the flat indices of its masked tokens, and what they are."""
+    batch = make_batch([[7, 4], [10]], length=12, starts={(1, 0): 37})
+    view = Pattern(3, "clean").lay_out(batch, [batch.maskable_BL & (batch.u_BL < 0.6)], denoiser.mask_id)
+    keep_N = (view.ids_BS == denoiser.mask_id).flatten().nonzero().squeeze(1)
+    return view, keep_N, batch.ids_BL.repeat(1, 2).flatten()[keep_N]
+
+
+def at_a_time(monkeypatch, denoiser, chunk: int) -> None:
+    monkeypatch.setitem(readout.AT_A_TIME, "cpu", chunk * denoiser.network.config.vocab_size)
+
+
+def gradients(loss, denoiser):
+    return torch.autograd.grad(3 * loss, [p for p in denoiser.parameters() if p.requires_grad])
+
+
+def assert_close(mine, theirs):
+    for a, b in zip(mine, theirs, strict=True):
+        assert (a - b).norm() <= 1e-5 * b.norm() + 1e-9
+
+
+@by_family
+@by_tied
+@by_chunk
+def test_it_is_cross_entropy_under_weights(make_batch, make_denoiser, monkeypatch, family, tied, chunk):
+    denoiser = make_denoiser(family, tied)
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    weight_N = 10 ** torch.randn(len(keep_N))
+    expected_N = F.cross_entropy(denoiser(view, keep_N), target_N, reduction="none")
+    expected = gradients((expected_N * weight_N).sum(), denoiser)
+    at_a_time(monkeypatch, denoiser, chunk)
+    nll_N = denoiser(view, keep_N, target_N)
+    assert torch.allclose(nll_N, expected_N, rtol=1e-5)
+    assert_close(gradients((nll_N * weight_N).sum(), denoiser), expected)
+    loss, nll_N = denoiser(view, keep_N, target_N, weight_N)
+    assert torch.allclose(nll_N, expected_N, rtol=1e-5) and not nll_N.requires_grad
+    assert torch.allclose(loss, (expected_N * weight_N).sum(), rtol=1e-5)
+    assert_close(gradients(loss, denoiser), expected)
+
+
+@by_tied
+def test_a_frozen_head_gets_no_gradient_and_hidden_states_do(make_batch, make_denoiser, tied):
+    denoiser = make_denoiser("qwen3", tied)
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    weight_N = torch.rand(len(keep_N))
+    denoiser.network.get_output_embeddings().weight.requires_grad_(False)
+    expected = gradients(
+        (F.cross_entropy(denoiser(view, keep_N), target_N, reduction="none") * weight_N).sum(), denoiser
+    )
+    assert_close(gradients(denoiser(view, keep_N, target_N, weight_N)[0], denoiser), expected)
+
+
+def test_logits_of_a_chunk_are_the_most_that_ever_exist_and_are_computed_once(make_batch, make_denoiser, monkeypatch):
+    denoiser = make_denoiser()
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    rows, saved = [], []
+    denoiser.network.get_output_embeddings().register_forward_hook(
+        lambda _, args, out: rows.append(out.shape[:-1].numel())
+    )
+    at_a_time(monkeypatch, denoiser, 4)
+    chunks = [4] * (len(keep_N) // 4) + [len(keep_N) % 4] * (len(keep_N) % 4 > 0)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: saved.append(x.shape) or x, lambda x: x):
+        loss, _ = denoiser(view, keep_N, target_N, torch.ones(len(keep_N)))
+    loss.backward()
+    assert rows == chunks
+    assert saved and not any(len(shape) > 1 and shape[-1] == 301 and shape[0] != 32 for shape in saved)
+    rows.clear()
+    loss = denoiser(view, keep_N, target_N).sum()
+    loss.backward()
+    assert sorted(rows) == sorted(chunks * 2)  # once more each in the backward pass
+
+
+def test_its_gradient_is_there_once(make_batch, make_denoiser):
+    denoiser = make_denoiser()
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    loss, _ = denoiser(view, keep_N, target_N, torch.ones(len(keep_N)))
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="one backward pass"):
+        loss.backward()
+
+
+def test_without_gradients_it_is_the_same_sum(make_batch, make_denoiser):
+    denoiser = make_denoiser()
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    weight_N = torch.rand(len(keep_N))
+    with torch.no_grad():
+        loss, nll_N = denoiser(view, keep_N, target_N, weight_N)
+    assert torch.allclose(loss, denoiser(view, keep_N, target_N, weight_N)[0])
+    assert torch.allclose(nll_N, denoiser(view, keep_N, target_N))
+
+
+@pytest.mark.parametrize("hardware", [False, True])
+def test_under_autocast(make_batch, make_denoiser, monkeypatch, hardware):
+    """bfloat16 where the device has it, float32 where it would only imitate it; several chunks share one cast."""
+    denoiser = make_denoiser()
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    weight_N = torch.rand(len(keep_N))
+    monkeypatch.setattr(bfloat16, "in_hardware", lambda _device: hardware)
+    at_a_time(monkeypatch, denoiser, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = gradients((denoiser(view, keep_N, target_N) * weight_N).sum(), denoiser)
+    with torch.autocast("cpu", torch.bfloat16):
+        mine = gradients(denoiser(view, keep_N, target_N, weight_N)[0], denoiser)
+        assert denoiser(view, keep_N).dtype == torch.float32
+    for a, b in zip(mine, expected, strict=True):
+        assert (a - b).norm() <= 2e-2 * b.norm()
