@@ -101,7 +101,7 @@ class RowAdamW(torch.optim.AdamW):
 def adamw(
     denoiser: Denoiser, lr: float, scale: LrScale, weight_decay: float, betas: tuple[float, float]
 ) -> torch.optim.AdamW:
-    """AdamW over what is trained, with weight decay on matrices only."""
+    """AdamW over what is trained, with weight decay on matrices only; each parameter is passed over once."""
     embedding: Any = denoiser.network.get_input_embeddings().weight
     if not embedding.requires_grad and scale != LrScale():
         raise ValueError("model.lr_scale has nothing to act on: model.freeze stops the embedding")
@@ -113,6 +113,6 @@ def adamw(
         groups.setdefault((lr * factor if parameter is embedding else lr, decay), []).append(parameter)
     settings: Any = [{"params": params, "lr": rate, "weight_decay": d} for (rate, d), params in groups.items()]
     if scale.mask_row == scale.embedding:
-        return torch.optim.AdamW(settings, lr=lr, betas=betas)
+        return torch.optim.AdamW(settings, lr=lr, betas=betas, fused=True)
     ratio = None if alone else scale.mask_row / scale.embedding
-    return RowAdamW(settings, embedding, denoiser.mask_id, ratio, lr=lr, betas=betas)
+    return RowAdamW(settings, embedding, denoiser.mask_id, ratio, lr=lr, betas=betas, fused=True)

@@ -133,7 +133,7 @@ def rehearse(
         batch: a micro-batch of real tensors, and `copies` its masks; the values do not matter.
         scored: how many tokens are scored.
         accumulate: micro-batches per optimizer step; above 1, gradients stay during the passes.
-        gpu: whether AdamW works on all parameters at once, as torch has it on GPUs, and no malloc is asked.
+        gpu: whether it is planned for a GPU, where no malloc is asked.
 
     Raises ValueError for a network whose shapes depend on what it computes.
     """
@@ -201,8 +201,6 @@ def _rehearse(recipe: Recipe, faked: _Faked, plan: attention.Plan, accumulate: i
     denoiser = recipe.denoiser.train()
     denoiser.plan = lambda *_: plan  # type: ignore[method-assign]
     optimizer = recipe.configure_optimizers()["optimizer"]
-    for group in optimizer.param_groups:
-        group["foreach"] = ledger.allocator is None
     trained = [p for p in denoiser.parameters() if p.requires_grad]
     ledger.watch(trained)
     ledger.held = nbytes(denoiser.parameters())
