@@ -53,7 +53,7 @@ def gradient_noise(recipe: Recipe, batches: Sequence[Batch], draws: int = 4, see
 
 
 def _gradients(recipe: Recipe, batch: Batch, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    copies = recipe.corrupt(batch, recipe.pattern)
+    copies = recipe.noisy(batch, recipe.pattern)
     view = recipe.show(batch, copies, recipe.pattern)
     scored = score(batch, view, copies, recipe.ar_weight)
     nll_N = recipe.denoiser(view, scored.index_N, scored.target_N)
