@@ -53,7 +53,7 @@ def gradient_noise(recipe: Recipe, batches: Sequence[Batch], draws: int = 4, see
 
 
 def _gradients(recipe: Recipe, batch: Batch, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    copies = recipe.corrupt(batch, recipe.pattern)
+    copies = recipe.noisy(batch, recipe.pattern)
     view = recipe.show(batch, copies, recipe.pattern)
     scored = score(batch, view, copies, recipe.ar_weight)
     loss = recipe.denoiser(view, *scored)[0] / batch.maskable_BL.sum().clamp(min=1)

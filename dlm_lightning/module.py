@@ -20,7 +20,7 @@ from dlm_lightning import attention, nonfinite
 from dlm_lightning.checkpoint import FACTS, agree, rewind
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
-from dlm_lightning.noise import NELBO, Masked, Noise
+from dlm_lightning.noise import NELBO, Masked, Noise, turned
 from dlm_lightning.optimizer import LrScale, adamw, check_rates
 from dlm_lightning.sight import check_readout, check_sight
 from dlm_lightning.tally import Tally, count, total_norm
@@ -36,6 +36,8 @@ class Recipe(Conversion):
     Args:
         pattern: the attention pattern of the finished model: validation and decoding use it.
         noise: which tokens are masked and what they weigh.
+        views: how many times a step draws the noise of each row; the loss is the mean over these views, which share one
+            clean copy.
         ar_weight: weight of an autoregressive loss on a clean copy, beside the diffusion loss.
         lr: peak learning rate of AdamW.
         min_lr_ratio: final learning rate of the cosine schedule, as a share of `lr`.
@@ -50,11 +52,13 @@ class Recipe(Conversion):
 
     tally: Tally  # of the last optimizer step
     maskings: ClassVar[tuple[str, ...]] = ("bernoulli", "exact", "exact_round", "tilted")
+    mirrored: ClassVar[bool] = True  # views come in pairs, see `noise.turned`
 
     def __init__(
         self,
         pattern: Pattern,
         noise: Noise = NELBO,
+        views: int = 1,
         ar_weight: float = 0.0,
         lr: float = 1e-3,
         min_lr_ratio: float = 0.1,
@@ -71,12 +75,19 @@ class Recipe(Conversion):
                 f"noise.masking: {noise.masking} does not go with {type(self).__name__}, "
                 f"which takes {' or '.join(self.maskings)}"
             )
+        if views < 1:
+            raise ValueError(f"model.views must be at least 1, not {views}")
+        if views > 1 and pattern.context != "clean":
+            raise ValueError(
+                f"model.views: {views} needs a clean copy that the views share, as with model.context: clean; "
+                f"{type(self).__name__} has none here, so model.views must be 1"
+            )
         if ar_weight < 0:
             raise ValueError(f"model.ar_weight must be at least 0, not {ar_weight}")
         if ar_weight and pattern.context == "clean" and pattern.context_rank == "block":
             raise ValueError("model.ar_weight above 0 needs model.context_rank: causal; a block would see its answer")
         check_rates(lr, betas, warmup_steps=warmup_steps, min_lr_ratio=min_lr_ratio, weight_decay=weight_decay)
-        self.noise, self.ar_weight = noise, ar_weight
+        self.noise, self.views, self.ar_weight = noise, views, ar_weight
         self.lr, self.min_lr_ratio, self.warmup_steps = lr, min_lr_ratio, warmup_steps
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
         self.nonfinite = nonfinite
@@ -96,7 +107,10 @@ class Recipe(Conversion):
         return {"model.warmup_steps": self.warmup_steps}
 
     def corrupt(self, batch: Batch, pattern: Pattern) -> list[Masked]:
-        """The masks of a training step, one per noisy copy, with the weight of each masked token."""
+        """The masks of one view of a batch, one per noisy copy, with the weight of each masked token.
+
+        Randomness comes from the batch's uniforms alone.
+        """
         return [self.draw(self.noise, batch, pattern)]
 
     def nelbo_masks(self, batch: Batch) -> list[Masked]:
@@ -104,6 +118,14 @@ class Recipe(Conversion):
         return [self.draw(NELBO, batch, self.pattern)]
 
     # The step
+
+    def noisy(self, batch: Batch, pattern: Pattern) -> list[Masked]:
+        """The noisy copies of a training step: those of each view, weighted so that the loss is a mean over views."""
+        copies: list[Masked] = []
+        for view in range(self.views):
+            u_BL, t_BL = turned(batch.u_BL, batch.t_BL, view, self.views, self.mirrored)
+            copies += self.corrupt(batch._replace(u_BL=u_BL, t_BL=t_BL), pattern)
+        return [Masked(mask_BL, weight_BL / self.views) for mask_BL, weight_BL in copies]
 
     def show(self, batch: Batch, copies: Sequence[Masked], pattern: Pattern) -> View:
         """The view of a batch under one mask per noisy copy."""
@@ -120,13 +142,13 @@ class Recipe(Conversion):
         token_11 = torch.zeros(1, 1, dtype=torch.long)
         half_11 = torch.full((1, 1), 0.5)
         row = Batch(token_11, token_11, token_11, token_11.bool(), half_11, half_11, token_11[0])
-        return self.show(row, self.corrupt(row, self.pattern), self.pattern)
+        return self.show(row, self.noisy(row, self.pattern), self.pattern)
 
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # 1. the batch brings raw uniforms, a pure function of (seed, sample, epoch, view)
         # 2. the recipe turns them into a view: what is masked, and who sees whom
         pattern = self.train_pattern
-        copies = self.corrupt(batch, pattern)
+        copies = self.noisy(batch, pattern)
         view = self.show(batch, copies, pattern)
         # 3. −log p [N] at the positions that are scored, and their weighted sum
         scored = score(batch, view, copies, self.ar_weight)
@@ -239,7 +261,7 @@ class Recipe(Conversion):
 
     def facts(self) -> dict[str, Any]:
         """What a checkpoint states about itself: a continued run must agree with it."""
-        options = ("first_token", "ar_weight", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas")
+        options = ("first_token", "views", "ar_weight", "lr", "min_lr_ratio", "warmup_steps", "weight_decay", "betas")
         return {
             "recipe": f"{type(self).__module__}.{type(self).__qualname__}",
             "model.source": self.source.fingerprint() if self.source else None,

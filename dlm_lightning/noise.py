@@ -15,6 +15,7 @@ from torch import Tensor
 
 STRATA = 16  # consecutive samples share out (0, 1] among them, slot by slot
 _BITS = 20  # a stratum number and this many bits below it fit exactly into a float32
+_GRID = STRATA << _BITS  # uniforms are multiples of 1 / 2^24
 
 
 def raw(seed: int, stream: int, *counter: int, count: int) -> np.ndarray:
@@ -42,6 +43,25 @@ def uniforms(seed: int, stream: int, place: int, epoch: int, view: int, length: 
     stratum_L = (turn_L + np.uint64(place % STRATA)) % np.uint64(STRATA)
     t_L = ((stratum_L << np.uint64(_BITS)) + within_L).astype(np.float32) / np.float32(STRATA << _BITS)
     return torch.from_numpy(u_L), torch.from_numpy(t_L)
+
+
+def turned(u_BL: Tensor, t_BL: Tensor, view: int, views: int, mirrored: bool = True) -> tuple[Tensor, Tensor]:
+    """The uniforms of one of several noisy views of a sample, made of the sample's own, which are those of view 0.
+
+    Each view's are distributed as the sample's own, so a mean over views keeps its expectation; together they lie far
+    apart. Over the views, each t falls once into each of `views` equal parts of (0, 1]. Views come in pairs half a turn
+    of t apart; u is turned from pair to pair, and `mirrored` within a pair: the first to be masked is then the last.
+    """
+    if view == 0:
+        return u_BL, t_BL
+    pairs = (views + 1) // 2
+    pair, second = divmod(view, 2)
+    # in whole steps of the grid, because a float32 sum above 1 would be rounded
+    u_steps_BL = ((u_BL * _GRID).long() + pair * _GRID // pairs) % _GRID
+    if mirrored and second:
+        u_steps_BL = _GRID - 1 - u_steps_BL
+    t_steps_BL = ((t_BL * _GRID).long() - 1 + (pair + second * pairs) * _GRID // views) % _GRID + 1
+    return u_steps_BL.float() / _GRID, t_steps_BL.float() / _GRID
 
 
 class Masked(NamedTuple):

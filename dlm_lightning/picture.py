@@ -46,7 +46,7 @@ def example(recipe: Recipe) -> View:
     batch = Batch(
         position_1L, position_1L, 0 * position_1L, maskable_1L, u_1L, torch.full((1, LENGTH), 0.5), torch.tensor([0])
     )
-    copies = recipe.corrupt(batch, recipe.pattern)
+    copies = recipe.noisy(batch, recipe.pattern)
     masks = [mask_BL for mask_BL, _ in copies]
     return recipe.pattern.lay_out(batch, masks, MASK_ID, with_ar_copy=recipe.ar_weight > 0)
 

@@ -95,7 +95,7 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
         recipe.tokenizer = Vocabulary(data.vocab_size)
     scored = scored_per_row(recipe, data.row_length)
     batch = rows(data.batch_size, data.row_length)
-    copies = recipe.corrupt(batch, recipe.pattern)
+    copies = recipe.noisy(batch, recipe.pattern)
     forward = recipe.show(batch, copies, recipe.pattern).ids_BS.numel()
     tokens = Tokens(batch.ids_BL.numel(), scored * data.batch_size, forward)
     done = rehearse(
@@ -173,7 +173,7 @@ def rows(count: int, length: int) -> Batch:
 def scored_per_row(recipe: Recipe, length: int) -> float:
     """How many terms of the loss a full row has on average, by the recipe's own masks."""
     batch = rows(DRAWS, length)
-    copies = recipe.corrupt(batch, recipe.pattern)
+    copies = recipe.noisy(batch, recipe.pattern)
     view = recipe.show(batch, copies, recipe.pattern)
     return len(score(batch, view, copies, recipe.ar_weight).index_N) / DRAWS
 

@@ -28,6 +28,7 @@ class ComplementaryMask(Recipe):
     """
 
     maskings = ("complementary",)
+    mirrored = False  # a pair's second copy already is the mirror image of the first
 
     def __init__(
         self,

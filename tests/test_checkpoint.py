@@ -274,6 +274,7 @@ def test_a_run_starts_from_another_ones_checkpoint(finished, typed, small, tmp_p
         ("block_causal", {"model__block_size": 8}, "model.block_size 16, this run has 8"),
         ("block_causal", {"model__context": "noisy"}, "model.context clean, this run has noisy"),
         ("block_causal", {"model__context_rank": "causal"}, "model.context_rank block, this run has causal"),
+        ("block_causal", {"model__views": 2}, "model.views 1, this run has 2"),
         ("block_causal", {"model__shift": "next_token"}, "model.shift none, this run has next_token"),
         ("block_causal", {"model__lr": 0.5}, "model.lr "),
         ("block_causal", {"model__noise__half_life": 0.2}, "model.noise.half_life 0.1, this run has 0.2"),

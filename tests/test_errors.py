@@ -135,6 +135,8 @@ VALUES = {
     "model.noise.half_life=0": "noise.half_life must be above 0, not 0.0",
     "model.ar_weight=1": "model.ar_weight above 0 needs model.context_rank: causal",
     "model.context=noisy model.context_rank=causal": "context_rank: causal needs context: clean",
+    "model.views=0": "model.views must be at least 1, not 0",
+    "model.context=noisy model.views=2": "model.views: 2 needs a clean copy that the views share, ",
     # the mask token
     "model.mask_token=999": "model.mask_token: id 999 is outside the vocabulary of 300 rows",
     "model.mask_token=-1": "model.mask_token: id -1 is outside the vocabulary of 300 rows",

@@ -43,10 +43,13 @@ def leaves(value: object) -> list[object]:
 
 
 @pytest.fixture
-def whole(typed: Callable, small: Callable, source_folder: Callable, tmp_path: Path) -> Callable[[str], Path]:
-    """`whole(recipe, accumulate)`: a run into its second epoch, validated every second step, with each checkpoint."""
+def whole(typed: Callable, small: Callable, source_folder: Callable, tmp_path: Path) -> Callable[..., Path]:
+    """`whole(recipe, accumulate, **overrides)`: a run into its second epoch, validated every second step.
 
-    def run(recipe: str, accumulate: int = 2) -> Path:
+    Each step has a checkpoint.
+    """
+
+    def run(recipe: str, accumulate: int = 2, **more: object) -> Path:
         here = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto"}
         words = small(
             model__source=source_folder("qwen2" if "qwen2" in recipe else "qwen3", tied=True),
@@ -57,6 +60,7 @@ def whole(typed: Callable, small: Callable, source_folder: Callable, tmp_path: P
             trainer__val_check_interval=2 * accumulate,
             trainer__callbacks=CALLBACKS,
             **{f"trainer__{key}": value for key, value in here.items()},
+            **more,
         )
         none = ["model.config=null", "data.vocab_size=null"] if recipe == "ar_source" else []
         said = typed("fit", recipe, *words, *none, "--run", "whole", cwd=tmp_path)
@@ -87,6 +91,10 @@ def test_every_shipped_recipe_resumes_to_the_bit(recipe, whole, typed):
     run = whole(recipe)
     assert len([row for row in metrics(run) if row["train/loss"]]) == STEPS
     assert_resumes(run, 3, typed)
+
+
+def test_several_views_resume_to_the_bit(whole, typed):
+    assert_resumes(whole("block_causal", model__views=3), 3, typed)
 
 
 @pytest.mark.parametrize("accumulate", [1, 2])

@@ -11,15 +11,16 @@ from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.recipes.complementary_mask import ComplementaryMask
 
 
+@pytest.mark.parametrize("views", [1, 2])
 @pytest.mark.parametrize("recipe_class", [BlockCausal, ComplementaryMask])
-def test_it_is_the_trace_of_the_covariance(recipe_class, make_recipe, make_batch, loss_and_gradients):
-    recipe, draws = make_recipe(recipe_class, block_size=4), 3
+def test_it_is_the_trace_of_the_covariance(recipe_class, views, make_recipe, make_batch, loss_and_gradients):
+    recipe, draws = make_recipe(recipe_class, block_size=4, views=views), 3
     batches = [make_batch([[16], [7, 9]], length=16, seed=seed) for seed in (0, 1, 2)]
     found = gradient_noise(recipe, batches, draws)
 
     def gradient(batch, draw):
         noisy = redrawn(batch, 0, STREAM, draw)[0]
-        _, by_name = loss_and_gradients(recipe.denoiser, noisy, recipe.corrupt(noisy, recipe.pattern), recipe.pattern)
+        _, by_name = loss_and_gradients(recipe.denoiser, noisy, recipe.noisy(noisy, recipe.pattern), recipe.pattern)
         return torch.cat([g.flatten() for g in by_name.values()]).double() / batch.maskable_BL.sum()
 
     all_BDP = torch.stack([torch.stack([gradient(batch, draw) for draw in range(draws)]) for batch in batches])
