@@ -39,6 +39,7 @@ class Conversion(L.LightningModule):
         freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
         attention: the backend: `auto` takes the fastest that computes a view; `dense`, `split` on CPUs, `flex` on CUDA,
             `flash` on CUDA for views that are full or causal.
+        compile: compile the decoder layers for training, which needs a C++ compiler on CPUs and Triton on GPUs.
         activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
     """
 
@@ -60,6 +61,7 @@ class Conversion(L.LightningModule):
         lora: Lora | None = None,
         freeze: list[str] | None = None,
         attention: attention.Backend = "auto",
+        compile: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
@@ -70,7 +72,7 @@ class Conversion(L.LightningModule):
         self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
         self.trusted = trust_remote_code
         self.shift: str = shift or stated(source, "shift")
-        self.backend = attention
+        self.backend, self.compiled = attention, compile
         self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
 
     @cached_property

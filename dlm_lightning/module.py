@@ -18,6 +18,7 @@ from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmu
 
 from dlm_lightning import attention, nonfinite
 from dlm_lightning.checkpoint import FACTS, agree, rewind
+from dlm_lightning.compilation import compile_layers
 from dlm_lightning.conversion import Conversion
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise, turned
@@ -192,6 +193,8 @@ class Recipe(Conversion):
         check_sight(self.denoiser, self.pattern)
         if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
             check_readout(self.denoiser)
+        if self.compiled:
+            compile_layers(self.denoiser.network, self.device)
         for key, steps in self.phases.items():
             if steps > self.trainer.max_steps:
                 log.info("note: %s lasts %d steps, the whole run %d", key, steps, self.trainer.max_steps)

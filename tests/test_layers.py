@@ -15,7 +15,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (0, {"tally"}),
     (1, {"layouts", "shards", "bfloat16"}),
     (1, {"source", "mask_token", "attention", "readout", "lora", "cache"}),
-    (1, {"denoiser", "drift", "flops", "representation"}),
+    (1, {"denoiser", "drift", "flops", "representation", "compilation"}),
     (1, {"decode", "sight", "likelihood"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
     (2, {"conversion", "checkpoint"}),

@@ -46,6 +46,7 @@ class Plan:
             self.masks[window] = block_mask(self.view, self.predicate, window)
         return self.masks[window]
 
+    @torch.compiler.disable  # in a layer that is compiled: the kernel is compiled by itself
     def attend(
         self,
         q_BHSD: Tensor,

@@ -56,6 +56,7 @@ class Plan:
             self.tiles[window] = _tiles(self.view, self.predicate, window)
         return self.tiles[window]
 
+    @torch.compiler.disable  # in a layer that is compiled: it is a loop over many shapes
     def attend(
         self,
         q_BHSD: Tensor,

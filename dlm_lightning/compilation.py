@@ -1,0 +1,33 @@
+"""Compiling the decoder layers, and whether a compiler is there before a run counts on it."""
+
+from __future__ import annotations
+
+import torch
+from torch.utils._triton import has_triton
+from transformers import PreTrainedModel
+
+from dlm_lightning.source import decoder_layers
+
+
+def compile_layers(network: PreTrainedModel, device: torch.device) -> None:
+    """Compile each decoder layer at its first call; one compilation serves them all. ValueError without a compiler."""
+    check_compiler(device)
+    for layer in decoder_layers(network):
+        layer.compile()
+
+
+def check_compiler(device: torch.device) -> None:
+    """ValueError if torch cannot compile for this device: it takes Triton on GPUs, a C++ compiler on CPUs."""
+    if device.type == "cuda":
+        if not has_triton():
+            raise ValueError("model.compile: to compile for a GPU needs Triton, which is not installed")
+        return
+    from torch._inductor.cpp_builder import get_cpp_compiler
+    from torch._inductor.exc import InvalidCxxCompiler
+
+    try:
+        get_cpp_compiler()
+    except InvalidCxxCompiler as error:
+        raise ValueError(
+            "model.compile: to compile for a CPU needs a C++ compiler, as $CXX or g++, and none works here"
+        ) from error
