@@ -29,7 +29,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"allocator"}),
     (4, {"rehearsal"}),
     (4, {"picture", "summary", "plan", "probe", "consolidate", "replay", "generate", "tasks"}),
-    (4, {"evaluation", "harness"}),
+    (4, {"evaluation", "harness", "bench"}),
     (4, {"report"}),
     (4, {"comparison"}),
     (4, {"cli"}),
