@@ -45,6 +45,13 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "plan": {"reuse", "sampling", "scorer", "selector", "stopper"},
         "decoder": {"canvas", "plan", "scorer"},
     },
+    "bench": {
+        "__init__": {"arms", "needs", "record", "show", "timing"},
+        "arms": {"baselines"},
+        "needs": {"arms"},
+        "record": {"arms", "timing"},
+        "show": {"arms", "record", "timing"},
+    },
     "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {
         "__init__": {"content", "figures", "tables"},

@@ -50,7 +50,7 @@ class DenseMask:
 
 
 def peers(recipe: Recipe, batch: Batch) -> Tensor:
-    """The loss as dllm and Fast-dLLM v2 compute it: the mask anew each time, and logits of all tokens, then sliced."""
+    """The loss as peers compute it (dllm; pairs as in Fast-dLLM v2): mask anew, logits of all tokens, then sliced."""
     view, scored = _lay_out(recipe, batch)
     hidden_RSD = _hidden(recipe, view, _dense_mask(recipe, view))
     logits_RSV = recipe.denoiser.network.get_output_embeddings()(hidden_RSD)
@@ -66,11 +66,16 @@ class Fair:
 
     def __call__(self, recipe: Recipe, batch: Batch) -> Tensor:
         view, scored = _lay_out(recipe, batch)
-        hidden_RSD = _hidden(recipe, view, self._kept(recipe, batch, view))
+        hidden_RSD = _hidden(recipe, view, self._mask_of(recipe, batch, view))
         hidden_ND = hidden_RSD.flatten(0, 1)[_read(recipe, view, scored)]
         return _loss(recipe, recipe.denoiser.network.get_output_embeddings()(hidden_ND), scored)
 
-    def _kept(self, recipe: Recipe, batch: Batch, view: View) -> DenseMask:
+    @property
+    def kept(self) -> tuple[Tensor, ...]:
+        """What takes memory between two steps."""
+        return (self._mask.mask_R1SS,) if self._mask else ()
+
+    def _mask_of(self, recipe: Recipe, batch: Batch, view: View) -> DenseMask:
         """The mask of the last batch if this one has its very coordinates; to compare values would wait for a GPU."""
         laid = (recipe.pattern, batch.position_BL, batch.document_BL)
         if self._mask is None or self._laid is None or any(a is not b for a, b in zip(laid, self._laid, strict=True)):
