@@ -76,16 +76,18 @@ class Record:
     peak: float | None
     contests: Sequence[Contest]
 
-    def save(self, folder: Path) -> Path:
-        """Write `bench.json`; returns its path."""
+    def plain(self) -> dict[str, Any]:
+        """What JSON takes: everything, with ratios and what figures depend on beside the device."""
         contests = [
             asdict(contest) | {"ratios": {name: spread._asdict() for name, spread in contest.ratios().items()}}
             for contest in self.contests
         ]
         found = {"settings": self.settings, "device": self.device, "peak": self.peak, **surroundings()}
-        path = folder / JSON
-        path.write_text(json.dumps(found | {"contests": contests}, indent=1, ensure_ascii=False) + "\n")
-        return path
+        return found | {"contests": contests}
+
+    def save(self, folder: Path) -> None:
+        """Write `bench.json`."""
+        (folder / JSON).write_text(json.dumps(self.plain(), indent=1, ensure_ascii=False) + "\n")
 
 
 def surroundings() -> dict[str, Any]:
