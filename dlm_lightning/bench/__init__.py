@@ -5,6 +5,9 @@ A measurement is a folder with `bench.json`, which has every turn's seconds, and
 
 from __future__ import annotations
 
+import gc
+import logging
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -18,9 +21,10 @@ from dlm_lightning.bench import show
 from dlm_lightning.bench.arms import Arm, Step, arms, check
 from dlm_lightning.bench.needs import forward_tokens, needed_flops, peak_memory
 from dlm_lightning.bench.record import Contest, Measured, Record, named
-from dlm_lightning.bench.timing import take_turns, wait_for
+from dlm_lightning.bench.timing import WARM_UP, take_turns, wait_for
 from dlm_lightning.plan import prepare
 
+log = logging.getLogger(__name__)
 FOLDER = Path("runs/bench")
 DOCUMENTS = "documents"  # grows like a key of a recipe
 
@@ -68,31 +72,38 @@ def measure(request: Request) -> Record:
     contests = []
     device, peak = torch.device("cpu"), None
     for value in request.growth[1] if request.growth else [None]:
-        for recipe in request.recipes:
+        for recipe in dict.fromkeys(request.recipes):
             contest, device, peak = _contest(request, recipe, value)
             contests.append(contest)
+            gc.collect()  # a recipe and its trainer hold each other, and with them the network
     return Record(asdict(request), named(device), peak, contests)
 
 
 def _contest(request: Request, recipe: str, value: str | None) -> tuple[Contest, torch.device, float | None]:
     """One recipe's arms, and the device with its peak."""
-    overrides, documents = list(request.overrides), request.documents
-    if request.growth and value is not None:
-        key = request.growth[0]
-        if key == DOCUMENTS:
-            documents = int(value)
-        else:
-            overrides.append(f"{key}={value}")
+    overrides, documents = _grown(request, value)
     prepared = prepare(recipe, overrides, here=True)
-    step = Step(prepared, documents)
-    contestants = arms(request.baselines)
+    step, contestants = Step(prepared, documents), arms(request.baselines)
+    began = time.perf_counter()
     losses = {arm.name: float(step(arm)) for arm in contestants}
     check(losses)
+    seconds_once, times = time.perf_counter() - began, WARM_UP + request.turns
+    log.info("%s: %d arms, each once in %.1f s, now %d times", prepared.name, len(losses), seconds_once, times)
     peak = request.tflops * 1e12 if request.tflops else _peak(step.device, prepared.machine.precision)
     steps = {arm.name: partial(step, arm) for arm in contestants}
     seconds = take_turns(steps, request.turns, wait=wait_for(step.device))
     measured = [_measured(step, arm, seconds[arm.name], losses[arm.name], peak is not None) for arm in contestants]
     return Contest(prepared.name, value, prepared.machine.precision, measured), step.device, peak
+
+
+def _grown(request: Request, value: str | None) -> tuple[list[str], int]:
+    """The overrides, and the documents of a row, at a value of what grows."""
+    if request.growth is None:
+        return list(request.overrides), request.documents
+    key = request.growth[0]
+    if key == DOCUMENTS:
+        return list(request.overrides), int(value or 1)
+    return [*request.overrides, f"{key}={value}"], request.documents
 
 
 def _measured(step: Step, arm: Arm, seconds: list[float], loss: float, with_flops: bool) -> Measured:

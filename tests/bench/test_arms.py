@@ -8,7 +8,7 @@ import torch
 from dlm_lightning.bench.arms import AR, OURS, Step, arms, check, packed
 from dlm_lightning.bench.needs import forward_tokens, needed_flops, pairs, peak_memory
 from dlm_lightning.flops import needed
-from dlm_lightning.plan import prepare
+from dlm_lightning.plan import plan, prepare
 from dlm_lightning.view import attention_mask
 
 B, L = 4, 24
@@ -117,6 +117,15 @@ def test_peak_memory_counts_what_is_there_and_what_a_step_makes(step):
     assert kept < found[AR] < found[OURS] < found["peers"]
     assert found["peers"] > found["fair"] + logits
     assert not any(p._post_accumulate_grad_hooks for p in step.recipe.denoiser.parameters())
+
+
+def test_peak_memory_is_what_a_plan_says(step, small):
+    made = step("complementary_mask", "data.row_length=64")
+    arm = arms([])[0]
+    made(arm)
+    planned = plan("complementary_mask", [*small(), "data.row_length=64"]).rehearsal
+    alive = planned.weights + planned.optimizer + max(sum(planned.passes), sum(planned.update))
+    assert peak_memory(made, arm) == pytest.approx(alive, rel=0.02)
 
 
 def test_peak_memory_is_the_same_when_it_is_measured_again(step):
