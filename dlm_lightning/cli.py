@@ -71,6 +71,8 @@ def _dispatch(argv: list[str]) -> int:
         return _eval(argv[1:])
     if argv[:1] == ["compare"]:
         return _compare(argv[1:])
+    if argv[:1] == ["bench"]:
+        return _bench(argv[1:])
     parser = argparse.ArgumentParser(prog="dlm", description="Turn autoregressive language models into diffusion ones.")
     parser.add_argument("--version", action="version", version=f"dlm {__version__}")
     commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
@@ -84,6 +86,7 @@ def _dispatch(argv: list[str]) -> int:
     commands.add_parser("generate", help="continue prompts with a run's model", add_help=False)
     commands.add_parser("eval", help="measure all that runs are compared by, and tasks", add_help=False)
     commands.add_parser("compare", help="train several recipes with the same work, and compare", add_help=False)
+    commands.add_parser("bench", help="time a recipe's step beside baselines and an AR step", add_help=False)
     reporting = commands.add_parser("report", help="runs side by side: report.html and report.md")
     reporting.add_argument("runs", metavar="RUN", nargs="+", help="run folders, or a comparison's folder")
     reporting.add_argument("--out", metavar="DIR", help="a folder; default that of a comparison, or this one")
@@ -337,6 +340,39 @@ def _compare(argv: list[str]) -> int:
         prompts=args.prompts,
     )
     print(f"report: {path}")
+    return 0
+
+
+def _bench(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(
+        prog="dlm bench",
+        usage="dlm bench RECIPE… [key=value …] [--baseline NAME …] [--growth KEY=V,V,…] [--out DIR] [options]",
+        description="Time training steps of random weights on random tokens, in turns with an AR step of the same "
+        "network and with baselines: a table, bench.json and bench.png.",
+    )
+    parser.add_argument(
+        "words", metavar="RECIPE | key=value", nargs="+", help="recipes by name or YAML; overrides for all"
+    )
+    parser.add_argument(
+        "--baseline", metavar="NAME", nargs="+", action="extend", help="peers, fair: other ways to make the same step"
+    )
+    parser.add_argument("--turns", metavar="N", type=int, default=10, help="in which every arm steps once; default 10")
+    parser.add_argument("--documents", metavar="N", type=int, default=1, help="packed into each row; default 1")
+    parser.add_argument("--growth", metavar="KEY=V,V,…", help="repeat it for each value of a key, or of documents")
+    parser.add_argument("--tflops", metavar="N", type=float, help="the device's peak; default Lightning's, if known")
+    parser.add_argument("--out", metavar="DIR", help="a new folder; default runs/bench/<number>")
+    args = parser.parse_intermixed_args(argv)
+    words = [*args.words, *(word for word in args.baseline or () if "=" in word)]
+    recipes, overrides = [word for word in words if "=" not in word], [word for word in words if "=" in word]
+    if not recipes:
+        parser.error("which recipes? `dlm list` shows all")
+    for recipe in recipes:
+        catalog.find(recipe)
+    from dlm_lightning.bench import Request, bench, growth
+
+    grows = growth(args.growth) if args.growth is not None else None
+    baselines = _names(word for word in args.baseline or () if "=" not in word)
+    print(bench(Request(recipes, overrides, baselines, args.turns, args.documents, grows, args.tflops), args.out))
     return 0
 
 

@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from dlm_lightning import catalog
+from dlm_lightning.data.token_data import TokenData
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.drift import place
 from dlm_lightning.flops import needed
@@ -49,6 +50,16 @@ class Tokens(NamedTuple):
     forward: int
 
 
+class Prepared(NamedTuple):
+    """A recipe that can build its network, with the trainer and the data module that its size depends on."""
+
+    name: str
+    machine: Machine
+    recipe: Recipe
+    data: TokenData
+    trainer: Any
+
+
 @dataclass(frozen=True)
 class Plan:
     """What a recipe will take; `denoiser` is built of fake tensors."""
@@ -74,25 +85,7 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
 
     Raises ValueError or FileNotFoundError, naming the key, for a recipe that could not run.
     """
-    quiet()
-    found = catalog.find(name)
-    config = catalog.compose(found.path)
-    catalog.make_importable(found)
-    machine = asked(config, overrides)
-    here = [*WITHOUT_DEVICES, f"--trainer.precision={machine.precision}"]
-    cli = parse(config, [*overrides, *here], PLACEHOLDER)
-    recipe, data = cli.model, cli.datamodule
-    trainer: Any = cli.trainer
-    if trainer.max_steps < 1:
-        raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
-    recipe.trainer = data.trainer = trainer
-    trainer.datamodule = data
-    if recipe.source_name:
-        recipe.source = Source(recipe.source_name, weights=False, trusted=recipe.trusted)
-    elif data.vocab_size is None:
-        raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
-    else:
-        recipe.tokenizer = Vocabulary(data.vocab_size)
+    name, machine, recipe, data, trainer = prepare(name, overrides)
     scored = scored_per_row(recipe, data.row_length)
     batch = rows(data.batch_size, data.row_length)
     copies = recipe.noisy(batch, recipe.pattern)
@@ -108,8 +101,40 @@ def plan(name: str, overrides: Sequence[str]) -> Plan:
     )
     memory = per_device(done, machine.strategy, machine.devices, recipe.denoiser)
     return Plan(
-        found.name, machine, recipe.denoiser, done, memory, tokens, trainer.accumulate_grad_batches, trainer.max_steps
+        name, machine, recipe.denoiser, done, memory, tokens, trainer.accumulate_grad_batches, trainer.max_steps
     )
+
+
+def prepare(name: str, overrides: Sequence[str], here: bool = False) -> Prepared:
+    """Parse a recipe for a network of random weights: of its source, only config and tokenizer are read.
+
+    The trainer works on a CPU, in the precision that is asked for; `here`, on one device of the kind that is asked for.
+    """
+    quiet()
+    found = catalog.find(name)
+    config = catalog.compose(found.path)
+    catalog.make_importable(found)
+    machine = asked(config, overrides)
+    own = [*WITHOUT_DEVICES, f"--trainer.precision={machine.precision}"]
+    if here and machine.gpus:
+        own.append("--trainer.accelerator=gpu")
+    cli = parse(config, [*overrides, *own], PLACEHOLDER)
+    recipe, data = cli.model, cli.datamodule
+    trainer: Any = cli.trainer
+    if trainer.max_steps < 1:
+        raise ValueError("trainer.max_steps must be set: the run's length decides its schedule and its stream")
+    recipe.trainer = data.trainer = trainer
+    trainer.datamodule = data
+    recipe.pretrained = False
+    if recipe.source_name and data.vocab_size is not None:
+        raise ValueError("data.vocab_size must be null: the source brings its own tokenizer")
+    if recipe.source_name:
+        recipe.source = Source(recipe.source_name, weights=False, trusted=recipe.trusted)
+    elif data.vocab_size is None:
+        raise ValueError("the model has no source to bring a tokenizer, so data.vocab_size must be set")
+    else:
+        recipe.tokenizer = Vocabulary(data.vocab_size)
+    return Prepared(found.name, machine, recipe, data, trainer)
 
 
 class Vocabulary(dict):

@@ -29,7 +29,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"allocator"}),
     (4, {"rehearsal"}),
     (4, {"picture", "summary", "plan", "probe", "consolidate", "replay", "generate", "tasks"}),
-    (4, {"evaluation", "harness"}),
+    (4, {"evaluation", "harness", "bench"}),
     (4, {"report"}),
     (4, {"comparison"}),
     (4, {"cli"}),
@@ -49,6 +49,13 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "stopper": {"canvas"},
         "plan": {"reuse", "sampling", "scorer", "selector", "stopper"},
         "decoder": {"canvas", "plan", "scorer"},
+    },
+    "bench": {
+        "__init__": {"arms", "needs", "record", "show", "timing"},
+        "arms": {"baselines"},
+        "needs": {"arms"},
+        "record": {"arms", "timing"},
+        "show": {"arms", "record", "timing"},
     },
     "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {

@@ -259,6 +259,7 @@ def test_without_a_source_the_vocabulary_is_the_datas(planned):
     ("words", "says"),
     [
         (["ar_source", "data.vocab_size=null"], "data.vocab_size must be set"),
+        (["block_causal", "data.vocab_size=99", "model.source={source}"], "data.vocab_size must be null"),
         (["block_causal", "trainer.max_steps=-1", "model.source={source}"], "trainer.max_steps must be set"),
         (["block_causal", "trainer.devices=0"], "trainer.devices must be"),
         (["block_causal", "trainer.devices=many"], "trainer.devices must be"),

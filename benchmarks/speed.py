@@ -1,0 +1,190 @@
+"""How fast is a training step? What `dlm bench` measures, against goals set before anything was made faster.
+
+    python benchmarks/speed.py cpu        # two cores; slow in bfloat16 where a CPU has no units for it
+    python benchmarks/speed.py gpu        # one H200-class GPU: minutes
+    python benchmarks/speed.py tables     # docs/results/speed.md anew from docs/results/speed.json
+
+Each writes its part of speed.json and, between marks, its table in speed.md. `key=value` is for all runs, for a trial.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from dlm_lightning.bench import Request, measure
+from dlm_lightning.bench.record import Contest, Measured
+from dlm_lightning.bench.show import spread
+from dlm_lightning.bench.timing import Spread
+
+ROOT = Path(__file__).parents[1]
+OUT = ROOT / "docs" / "results"
+BLOCK, PAIR = "block_causal", "complementary_mask"
+SMALL, LARGE = "4,096", "32,768"  # rows of the embedding on a CPU, the mask token's among them
+BATCH = {"32-true": 2, "bf16-mixed": 1}
+QWEN3_06 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
+QWEN3_17 = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
+MODELS = {"Qwen3-0.6B": (QWEN3_06, 4), "Qwen3-1.7B": (QWEN3_17, 2)}  # with rows a batch
+H200 = 989.4  # TFLOP/s in bfloat16, without sparsity
+
+
+@dataclass(frozen=True)
+class Goal:
+    """A figure to reach: one arm over another by `what` of their steps, or of one arm alone.
+
+    size: of the vocabulary, where it matters. least: a factor to reach; or, with `most`, one not to exceed.
+    """
+
+    title: str
+    recipe: str
+    arms: tuple[str, ...]
+    least: float | None
+    stretch: float | None
+    what: str = "time"
+    most: bool = False
+    size: str = ""
+
+
+GOALS = {
+    "cpu": [
+        Goal("complementary: the peers' time over ours", PAIR, ("peers", "ours"), 2.0, 2.5, size=SMALL),
+        Goal("complementary: the fair baseline's time over ours", PAIR, ("fair", "ours"), 1.3, 1.6, size=SMALL),
+        Goal("complementary: the peers' time over ours", PAIR, ("peers", "ours"), 4.0, 5.0, size=LARGE),
+        Goal("block-causal: the peers' time over ours", BLOCK, ("peers", "ours"), 1.3, 1.6, size=SMALL),
+        Goal("block-causal: the fair baseline's time over ours", BLOCK, ("fair", "ours"), 1.1, 1.3, size=SMALL),
+        Goal("complementary: our time over the AR step's", PAIR, ("ours", "ar"), 3.5, 2.8, most=True, size=SMALL),
+        Goal(
+            "complementary: our peak memory over the peers'", PAIR, ("ours", "peers"), 0.5, 0.33, "memory", True, LARGE
+        ),
+    ],
+    "gpu": [
+        Goal("block-causal: dense attention's time (the fair baseline) over ours", BLOCK, ("fair", "ours"), 3.0, 5.0),
+        Goal("block-causal: our MFU over the AR step's", BLOCK, ("ours", "ar"), 0.85, None, "mfu"),
+        Goal("block-causal: our MFU", BLOCK, ("ours",), None, 0.5, "mfu"),
+        Goal("complementary: our MFU over the AR step's", PAIR, ("ours", "ar"), 0.85, None, "mfu"),
+        Goal("complementary: our MFU", PAIR, ("ours",), None, 0.5, "mfu"),
+        Goal("drift callback: time of 10 measurements in 1,000 steps", BLOCK, (), 0.01, None, "drift", True),
+    ],
+}
+COLUMNS = {"cpu": tuple(BATCH), "gpu": tuple(MODELS)}
+
+
+def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
+    """What is measured, by column and size."""
+    if part == "gpu":
+        return {
+            f"{model}/": Request(
+                [BLOCK, PAIR], [*shape(values, 128, 16, 8), *on_gpu(batch), *words], ["fair"], turns, tflops=H200
+            )
+            for model, (values, batch) in MODELS.items()
+        }
+    values = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}
+    found = {}
+    for precision, batch in BATCH.items():
+        for size, recipes in ((SMALL, [PAIR, BLOCK]), (LARGE, [PAIR])):
+            rows = int(size.replace(",", ""))
+            own = [f"data.vocab_size={rows - 1}", "data.row_length=512", f"data.batch_size={batch}"]
+            own += ["model.block_size=16", f"trainer.precision={precision}", "trainer.accelerator=cpu"]
+            found[f"{precision}/{size}"] = Request(
+                recipes, [*shape(values, 32, 6, 3), *own, *words], ["peers", "fair"], turns
+            )
+    return found
+
+
+def shape(values: dict[str, int], head: int, heads: int, key_heads: int) -> list[str]:
+    """A Qwen3 of these sizes, with random weights and tied embeddings."""
+    more = {"head_dim": head, "num_attention_heads": heads, "num_key_value_heads": key_heads}
+    config = {"model_type": "qwen3", **values, **more, "tie_word_embeddings": "true"}
+    return ["model.source=null", f"model.config={{{', '.join(f'{key}: {value}' for key, value in config.items())}}}"]
+
+
+def on_gpu(batch: int) -> list[str]:
+    """Qwen3's vocabulary, rows of 4,096 tokens, blocks of 32."""
+    data = ["data.vocab_size=151935", "data.row_length=4096", f"data.batch_size={batch}", "model.block_size=32"]
+    return [*data, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]
+
+
+def reached(goal: Goal, record: dict[str, Any] | None) -> Spread | None:
+    """The figure that a record holds of a goal, None if it was not measured."""
+    if record is None or not goal.arms:
+        return None
+    found = next((contest for contest in record["contests"] if contest["recipe"] == goal.recipe), None)
+    if found is None:
+        return None
+    contest = Contest(found["recipe"], found["value"], found["precision"], [Measured(**arm) for arm in found["arms"]])
+    arms = [contest.arm(name) for name in goal.arms]
+    if goal.what == "memory":
+        return Spread.of([arms[0].memory / arms[1].memory])
+    if goal.what == "time":
+        return contest.ratio(*goal.arms)
+    if len(arms) == 1:
+        return Spread.of([arms[0].flops / seconds / record["peak"] for seconds in arms[0].seconds])
+    times = contest.ratio(goal.arms[1], goal.arms[0])
+    return Spread(*(arms[0].flops / arms[1].flops * time for time in times))
+
+
+def verdict(goal: Goal, found: Spread | None) -> str:
+    """A cell: median and spread, and what of the goal is reached."""
+    if found is None:
+        return "not measured"
+
+    def holds(bound: float | None) -> bool:
+        return bound is not None and (found.median <= bound if goal.most else found.median >= bound)
+
+    said = "stretch" if holds(goal.stretch) else "reached" if holds(goal.least) else "missed"
+    return f"{spread(found) if found.high > found.low else f'{found.median:.2f}'} ({said})"
+
+
+def table(part: str, records: dict[str, Any]) -> str:
+    """The Markdown table of a part, with the devices that it was measured on."""
+    columns = COLUMNS[part]
+    lines = [f"| | vocabulary | goal | stretch | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
+    for goal in GOALS[part]:
+        bound = "≤" if goal.most else "≥"
+        bounds = [f"{bound} {limit:g}" if limit is not None else "" for limit in (goal.least, goal.stretch)]
+        cells = [verdict(goal, reached(goal, records.get(f"{column}/{goal.size}"))) for column in columns]
+        lines.append(f"| {' | '.join([goal.title, goal.size or '151,936', *bounds, *cells])} |")
+    said = {f"{r['device']}, threads: {r['threads']}, torch {r['versions']['torch']}" for r in records.values()}
+    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(said)) or 'nothing yet'}."])
+
+
+def write(out: Path) -> None:
+    """The tables of speed.md, from speed.json."""
+    kept, page = load(out), out / "speed.md"
+    text = page.read_text()
+    for part in GOALS:
+        before, rest = text.split(f"<!-- {part} -->\n")
+        after = rest.split(f"<!-- end of {part} -->")[1]
+        text = f"{before}<!-- {part} -->\n{table(part, kept.get(part, {}))}\n<!-- end of {part} -->{after}"
+    page.write_text(text)
+
+
+def load(out: Path) -> dict[str, Any]:
+    """What speed.json holds, which may be nothing."""
+    path = out / "speed.json"
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=[*GOALS, "tables"])
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument("--out", type=Path, default=OUT, help="the folder with speed.md")
+    args = parser.parse_intermixed_args()
+    if args.part != "tables":
+        for name, request in requests(args.part, args.turns, args.words).items():
+            record = measure(request).plain()
+            kept = load(args.out)
+            kept.setdefault(args.part, {})[name] = record
+            (args.out / "speed.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")
+            print(name, "done", flush=True)
+    write(args.out)
+    print((args.out / "speed.md").read_text())
+
+
+if __name__ == "__main__":
+    main()
