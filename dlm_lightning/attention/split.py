@@ -25,9 +25,9 @@ _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_ba
 
 
 class Tile(NamedTuple):
-    """Queries at `span` of the `rows`, and the spans of keys that they meet, those that all of them see first.
+    """Queries at `span` of the `rows`, and the spans of keys that they meet, those that all of them see last.
 
-    mask_b1SP: 0 where a query sees one of the last P keys, HIDDEN elsewhere; None where all are seen.
+    mask_b1SP: 0 where a query sees one of the first P keys, HIDDEN elsewhere; None where all are seen.
     """
 
     rows: slice | Tensor
@@ -72,8 +72,7 @@ class Plan:
         own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
         imitated = own == torch.bfloat16 and not bfloat16.in_hardware(v_BGSD.device)
         inputs = (x.to(torch.float32 if imitated else own) for x in (q_BHSD, k_BGSD, v_BGSD))
-        out_BHSD = _Tiled.apply(*inputs, scaling, self.lay_out(window))
-        return out_BHSD.transpose(1, 2).contiguous().to(own)
+        return _Tiled.apply(*inputs, scaling, self.lay_out(window)).to(own)  # type: ignore[attr-defined]
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
@@ -97,7 +96,7 @@ def _tiles(view: View, predicate: Callable[[View, View], Tensor], window: int | 
             span, length = slice(number * SIZE, (number + 1) * SIZE), view.ids_BS.shape[1]
             seen, looked = ([t for t, kind in enumerate(relation_T) if kind == which] for which in (2, 1))
             mask_b1SP = _mask(own, span, _spans(looked, length), predicate, window) if looked else None
-            found.append(Tile(together, span, _spans(seen, length) + _spans(looked, length), mask_b1SP))
+            found.append(Tile(together, span, _spans(looked, length) + _spans(seen, length), mask_b1SP))
     return found
 
 
@@ -121,61 +120,73 @@ def _mask(view: View, queries: slice, spans: list[slice], predicate: Any, window
 
 
 class _Tiled(torch.autograd.Function):
-    """Torch's CPU kernel on each tile, of whose keys and mask nothing is kept for the backward pass."""
+    """Torch's CPU kernel on each tile, of whose keys and mask nothing is kept for the backward pass; [B, S, H, D]."""
 
     @staticmethod
     def forward(ctx: Any, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None, tiles: list[Tile]):
-        out_BHSD = torch.empty_like(q_BHSD)
-        lse_BHS = q_BHSD.new_empty(q_BHSD.shape[:3], dtype=torch.promote_types(q_BHSD.dtype, torch.float32))
+        kv_2BGSD = torch.stack([k_BGSD, v_BGSD])
+        out_BSHD = torch.empty_like(q_BHSD.transpose(1, 2), memory_format=torch.contiguous_format)
+        meet = _Meeting(kv_2BGSD, q_BHSD.shape[1], tiles)
+        kept = []
         for tile in tiles:
-            at = (tile.rows, slice(None), tile.span)
-            met = _met(tile, q_BHSD, k_BGSD, v_BGSD)
-            out, lse = _attend(*met.inputs, attn_mask=met.mask, scale=scaling)
-            out_BHSD[at] = out.reshape(out_BHSD[at].shape)
-            lse_BHS[at] = lse.reshape(lse_BHS[at].shape)
-        ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSD, out_BHSD, lse_BHS)
-        ctx.scaling, ctx.tiles = scaling, tiles
-        return out_BHSD
+            q = _folded(q_BHSD[tile.rows, :, tile.span], k_BGSD.shape[1])
+            k, v, mask = meet(tile)
+            out, lse = _attend(q, k, v, 0.0, False, attn_mask=mask, scale=scaling)
+            out_BSHD[tile.rows, tile.span] = _unfolded(out, q_BHSD.shape[1]).transpose(1, 2)
+            kept += [q, out, lse]
+        ctx.save_for_backward(kv_2BGSD, *kept)
+        ctx.scaling, ctx.tiles, ctx.shape = scaling, tiles, q_BHSD.shape
+        return out_BSHD
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        q_BHSD, k_BGSD, v_BGSD, out_BHSD, lse_BHS = ctx.saved_tensors
-        dq_BHSD, dk_BGSD, dv_BGSD = (torch.zeros_like(x) for x in (q_BHSD, k_BGSD, v_BGSD))
-        for tile in ctx.tiles:
-            at = (tile.rows, slice(None), tile.span)
-            met = _met(tile, q_BHSD, k_BGSD, v_BGSD)
-            done = [_folded(x[at], k_BGSD.shape[1]) for x in (grad_outputs[0], out_BHSD, lse_BHS)]
-            dq, dk, dv = _attend_backward(
-                done[0], *met.inputs, *done[1:], 0.0, False, attn_mask=met.mask, scale=ctx.scaling
-            )
-            dq_BHSD[at] = dq.reshape(dq_BHSD[at].shape)
+        kv_2BGSD, *kept = ctx.saved_tensors
+        grad_BHSD, H = grad_outputs[0].transpose(1, 2), ctx.shape[1]
+        dq_BHSD, dkv_2BGSD = kv_2BGSD.new_empty(ctx.shape), torch.zeros_like(kv_2BGSD)
+        meet = _Meeting(kv_2BGSD, H, ctx.tiles)
+        for number, tile in enumerate(ctx.tiles):
+            q, out, lse = kept[3 * number : 3 * number + 3]
+            k, v, mask = meet(tile)
+            grad = _folded(grad_BHSD[tile.rows, :, tile.span], k.shape[1])
+            dq, *dkv = _attend_backward(grad, q, k, v, out, lse, 0.0, False, attn_mask=mask, scale=ctx.scaling)
+            dq_BHSD[tile.rows, :, tile.span] = _unfolded(dq, H)
             first = 0
             for span in tile.keys:
                 last = first + span.stop - span.start
-                dk_BGSD[tile.rows, :, span] += dk[:, :, first:last]
-                dv_BGSD[tile.rows, :, span] += dv[:, :, first:last]
+                for total_BGSD, part in zip(dkv_2BGSD, dkv, strict=True):
+                    total_BGSD[tile.rows, :, span] += part[:, :, first:last]
                 first = last
-        return dq_BHSD, dk_BGSD, dv_BGSD, None, None
+        return dq_BHSD, *dkv_2BGSD, None, None
 
 
-class _Met(NamedTuple):
-    """What the kernel takes for a tile; the query heads that share keys lie one behind the other."""
+class _Meeting:
+    """Gathers the keys and values that a tile meets, and its mask, for query heads that lie one behind the other."""
 
-    inputs: tuple[Tensor, Tensor, Tensor]
-    mask: Tensor | None
+    def __init__(self, kv_2BGSD: Tensor, heads: int, tiles: list[Tile]) -> None:
+        self.kv_2BGSD, self.share = kv_2BGSD, heads // kv_2BGSD.shape[2]
+        most = max(sum(span.stop - span.start for span in tile.keys) for tile in tiles)
+        rows = max((tile.mask_b1SP.shape[0] for tile in tiles if tile.mask_b1SP is not None), default=1)
+        self.free = kv_2BGSD.new_zeros(rows, 1, self.share, SIZE, most)  # beyond what is looked at, all is seen
+        self.looked = 0  # columns of it that were written last
+
+    def __call__(self, tile: Tile) -> tuple[Tensor, Tensor, Tensor | None]:
+        k, v = torch.cat([self.kv_2BGSD[:, tile.rows, :, span] for span in tile.keys], 3)
+        if tile.mask_b1SP is None:
+            return k, v, None
+        b, _, S, P = tile.mask_b1SP.shape
+        mask = self.free[:b, :, :, :S, : k.shape[2]]
+        self.free[..., P : self.looked] = 0
+        mask[..., :P] = tile.mask_b1SP[:, :, None]
+        self.looked = P
+        return k, v, mask.flatten(2, 3)
 
 
-def _met(tile: Tile, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor) -> _Met:
-    q_bGSD = _folded(q_BHSD[tile.rows, :, tile.span], k_BGSD.shape[1])
-    k_bGKD, v_bGKD = (torch.cat([x[tile.rows, :, span] for span in tile.keys], 2) for x in (k_BGSD, v_BGSD))
-    if tile.mask_b1SP is None:
-        return _Met((q_bGSD, k_bGKD, v_bGKD), None)
-    b, _, S, P = tile.mask_b1SP.shape
-    mask_b1SK = q_bGSD.new_zeros(b, 1, q_bGSD.shape[2], k_bGKD.shape[2])
-    mask_b1SK.unflatten(2, (-1, S))[..., -P:] = tile.mask_b1SP[:, :, None]
-    return _Met((q_bGSD, k_bGKD, v_bGKD), mask_b1SK)
+def _folded(x_bHSD: Tensor, groups: int) -> Tensor:
+    """[b, H, S, D] as [b, G, S·H/G, D]."""
+    return x_bHSD.unflatten(1, (groups, -1)).flatten(2, 3)
 
 
-def _folded(x_bHS: Tensor, groups: int) -> Tensor:
-    """[b, H, S, …] as [b, G, S·H/G, …]."""
-    return x_bHS.unflatten(1, (groups, -1)).flatten(2, 3)
+def _unfolded(x_bGSD: Tensor, heads: int) -> Tensor:
+    """Back to [b, H, S, D]."""
+    share = heads // x_bGSD.shape[1]
+    return x_bGSD.unflatten(2, (share, -1)).flatten(1, 2)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -128,6 +127,5 @@ def _loss(recipe: Recipe, logits_NV: Tensor, scored: Scored) -> Tensor:
     config = recipe.denoiser.network.config
     if any(getattr(config, key, None) not in (None, 1) for key in AFTER_THE_HEAD):
         raise ValueError("a baseline neither scales nor caps logits, as this model needs")
-    banned_V: Any = recipe.denoiser.banned_V
-    logits_NV = logits_NV.float().masked_fill(banned_V, -torch.inf)
+    logits_NV = logits_NV.float().index_fill(1, recipe.denoiser.banned_X, -torch.inf)
     return weighted_sum(F.cross_entropy(logits_NV, scored.target_N, reduction="none"), scored.weight_N)
