@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from dlm_lightning import attention, readout
 from dlm_lightning.cache import Cache
+from dlm_lightning.source import decoder_layers
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, View, predictors, sees
 
 
@@ -82,26 +83,33 @@ class Denoiser(nn.Module):
         was shown as the mask last is read as in training, all others from the position before.
         """
         keys = view if cache is None else cache.show(view)
-        hidden_BSD = self.network.base_model(
+        if cache is None:
+            S = view.ids_BS.shape[1]
+            read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
+            read_N = keep_N // S * S + read_BS.flatten()[keep_N]
+            last = decoder_layers(self.network)[-1]
+            with readout.read_alone(last, read_N, view.ids_BS.numel()):
+                hidden_ND = self._hidden(view, keys).flatten(0, 1)[read_N]
+        else:
+            row_N, position_N = keep_N // cache.positions, keep_N % cache.positions
+            hidden_BPD = cache.remember(self._hidden(view, keys, cache))
+            own_N = (cache.ids_BP[row_N, position_N] == self.mask_id) & (self.shift == "none")
+            hidden_ND = hidden_BPD[row_N, position_N - (~own_N).long()]
+        if target_N is None:
+            return readout.logits(self.network, hidden_ND, self.banned_X)
+        if weight_N is None:
+            return readout.nll(self.network, hidden_ND, target_N, self.banned_X)
+        return readout.weighted_nll(self.network, hidden_ND, target_N, weight_N, self.banned_X)
+
+    def _hidden(self, view: View, keys: View, cache: Cache | None = None) -> Tensor:
+        """The network's last hidden states [B, S, D], behind its final norm."""
+        return self.network.base_model(
             input_ids=view.ids_BS,
             position_ids=view.position_BS,
             past_key_values=cache,
             use_cache=cache is not None,
             attention_plan=self.plan(view, keys),
         ).last_hidden_state
-        if cache is None:
-            read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
-            S = view.ids_BS.shape[1]
-            hidden_ND = hidden_BSD.flatten(0, 1)[keep_N // S * S + read_BS.flatten()[keep_N]]
-        else:
-            row_N, position_N = keep_N // cache.positions, keep_N % cache.positions
-            own_N = (cache.ids_BP[row_N, position_N] == self.mask_id) & (self.shift == "none")
-            hidden_ND = cache.remember(hidden_BSD)[row_N, position_N - (~own_N).long()]
-        if target_N is None:
-            return readout.logits(self.network, hidden_ND, self.banned_X)
-        if weight_N is None:
-            return readout.nll(self.network, hidden_ND, target_N, self.banned_X)
-        return readout.weighted_nll(self.network, hidden_ND, target_N, weight_N, self.banned_X)
 
     def plan(self, view: View, keys: View) -> attention.Plan:
         """Who sees whom in all layers of a forward."""

@@ -187,9 +187,10 @@ class Recipe(Conversion):
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""
-        with self.trainer.precision_plugin.forward_context():
-            view = self._smallest_view().to(self.device)
-            attention.require(self.backend, view, self.predicate, self.denoiser.network.dtype)
+        if self.backend != "auto":
+            with self.trainer.precision_plugin.forward_context():
+                view = self._smallest_view().to(self.device)
+                attention.require(self.backend, view, self.predicate, self.denoiser.network.dtype)
         check_sight(self.denoiser, self.pattern)
         if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
             check_readout(self.denoiser)

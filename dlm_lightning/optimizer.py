@@ -112,7 +112,12 @@ def adamw(
         decay = weight_decay if parameter.ndim > 1 and not (alone and parameter is embedding) else 0.0
         groups.setdefault((lr * factor if parameter is embedding else lr, decay), []).append(parameter)
     settings: Any = [{"params": params, "lr": rate, "weight_decay": d} for (rate, d), params in groups.items()]
+    options: Any = {"lr": lr, "betas": betas, "fused": True}
+    optimizer: torch.optim.AdamW
     if scale.mask_row == scale.embedding:
-        return torch.optim.AdamW(settings, lr=lr, betas=betas, fused=True)
-    ratio = None if alone else scale.mask_row / scale.embedding
-    return RowAdamW(settings, embedding, denoiser.mask_id, ratio, lr=lr, betas=betas, fused=True)
+        optimizer = torch.optim.AdamW(settings, **options)
+    else:
+        ratio = None if alone else scale.mask_row / scale.embedding
+        optimizer = RowAdamW(settings, embedding, denoiser.mask_id, ratio, **options)
+    optimizer._step_supports_amp_scaling = False  # type: ignore[attr-defined]  # no loss is scaled, so Lightning may clip
+    return optimizer

@@ -1,11 +1,12 @@
-"""The head: hidden states to logits, −log p, and the weighted sum of −log p whose gradient is made in its forward pass.
+"""What is read from a network: logits, −log p, and its weighted sum, whose gradient is made in the forward pass.
 
 Shapes: N tokens read, n of them at a time, D hidden size, V vocabulary.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -16,7 +17,9 @@ from transformers import PreTrainedModel
 
 from dlm_lightning import bfloat16
 
-AT_A_TIME = {"cpu": 2**21, "cuda": 2**28}  # logits that exist at the same time: a CPU's are to stay in its cache
+AT_A_TIME = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at the same time
+
+MOSTLY = 0.75  # the share of all tokens from which on it is not worth to read some alone
 
 
 def logits(network: PreTrainedModel, hidden_ND: Tensor, banned_X: Tensor) -> Tensor:
@@ -91,6 +94,38 @@ class _WeightedNll(torch.autograd.Function):
         grad_ND, *grads = (grad.mul_(slopes[0]) for grad in ctx.grads)
         ctx.grads = None
         return None, grad_ND, None, None, None, *grads
+
+
+@contextmanager
+def read_alone(layer: nn.Module, read_N: Tensor, tokens: int) -> Iterator[None]:
+    """Meanwhile the last layer has its feed-forward part for the tokens at flat indices `read_N` alone, of so many.
+
+    The others leave it without, and must not be read. Not for a layer that is compiled or computes its activations
+    anew, and not where that would save little.
+    """
+    inner = getattr(layer, "mlp", None)
+    repeated = layer.training and getattr(layer, "gradient_checkpointing", False)
+    if inner is None or repeated or layer._compiled_call_impl is not None or not 0 < len(read_N) <= tokens * MOSTLY:
+        yield
+        return
+    times_N = torch.zeros(tokens, device=read_N.device).index_add(0, read_N, torch.ones_like(read_N, dtype=torch.float))
+    share_N1 = 1 / times_N[read_N][:, None]  # of a token that is read several times
+    shape: list[torch.Size] = []
+
+    def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        shape.append(args[0].shape)
+        return args[0].flatten(0, 1)[read_N][None], *args[1:]
+
+    def put_back(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
+        rows_ND = out[0] * share_N1.to(out.dtype)
+        return rows_ND.new_zeros(tokens, out.shape[2]).index_add(0, read_N, rows_ND).view(shape[0])
+
+    hooks = [inner.register_forward_pre_hook(take), inner.register_forward_hook(put_back)]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

@@ -120,3 +120,54 @@ def test_under_autocast(make_batch, make_denoiser, monkeypatch, hardware):
         assert denoiser(view, keep_N).dtype == torch.float32
     for a, b in zip(mine, expected, strict=True):
         assert (a - b).norm() <= 2e-2 * b.norm()
+
+
+def layers_of(denoiser):
+    return denoiser.network.base_model.layers
+
+
+@by_family
+@pytest.mark.parametrize("shift", ["none", "next_token"])
+def test_what_nobody_reads_needs_no_feed_forward(make_batch, make_denoiser, monkeypatch, family, shift):
+    """Under shift, two noisy copies read the same clean token for the first of a block."""
+    denoiser = make_denoiser(family, shift=shift)
+    batch = make_batch([[7, 4], [10]], length=12, starts={(1, 0): 37})
+    masks = [batch.maskable_BL & (batch.u_BL < share) for share in (0.6, 0.9)]
+    view = Pattern(3, "clean").lay_out(batch, masks, denoiser.mask_id)
+    keep_N = (view.ids_BS == denoiser.mask_id).flatten().nonzero().squeeze(1)
+    target_N, weight_N = batch.ids_BL.repeat(1, 3).flatten()[keep_N], torch.rand(len(keep_N))
+    rows = []
+    for layer in layers_of(denoiser):
+        layer.mlp.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    found = {}
+    for mostly in (0.0, 1.0):
+        monkeypatch.setattr(readout, "MOSTLY", mostly)
+        loss, nll_N = denoiser(view, keep_N, target_N, weight_N)
+        found[mostly] = (nll_N, gradients(loss, denoiser))
+    tokens = view.ids_BS.numel()
+    assert rows == [tokens] * len(rows[:-1]) + [len(keep_N)] and len(keep_N) < tokens
+    assert torch.allclose(found[0.0][0], found[1.0][0], atol=1e-5)
+    assert_close(found[1.0][1], found[0.0][1])
+
+
+@pytest.mark.parametrize("anew", [False, True])
+def test_a_layer_that_computes_its_activations_anew_has_all_tokens(make_batch, make_denoiser, anew):
+    denoiser = make_denoiser().train()
+    if anew:
+        denoiser.network.gradient_checkpointing_enable({"use_reentrant": False})
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    rows = []
+    layers_of(denoiser)[-1].mlp.register_forward_hook(lambda _, args, __: rows.append(args[0].shape[:-1].numel()))
+    denoiser(view, keep_N, target_N, torch.ones(len(keep_N)))[0].backward()
+    assert rows == [view.ids_BS.numel() if anew else len(keep_N)]
+
+
+def test_who_asks_for_no_token_sees_the_states_of_all(make_batch, make_denoiser):
+    denoiser = make_denoiser()
+    view, keep_N, _ = shown(make_batch, denoiser)
+    states = []
+    layers_of(denoiser)[-1].register_forward_hook(lambda _, __, out: states.append(out))
+    with torch.no_grad():
+        denoiser(view, keep_N[:0])
+        denoiser(view, torch.arange(view.ids_BS.numel()))
+    assert torch.equal(*states)

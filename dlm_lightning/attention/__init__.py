@@ -60,7 +60,9 @@ def _plan(backend: Backend, view: View, predicate: Callable[[View, View], Tensor
         return split.plan(view, predicate)
     if backend == "flex":
         return flex.plan(view, predicate)
-    return flash.plan(view, predicate, dtype) if backend == "flash" else None
+    if backend == "flash":
+        return flash.plan(view, predicate, dtype)
+    return None
 
 
 def _fastest(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype) -> Plan:

@@ -12,7 +12,7 @@ from dlm_lightning.loss import score
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, attention_mask, sees
 
 MASK = 300
-ROWS = {
+ROWS = {  # of more than a tile
     "one document": [[150], [150]],
     "packed alike": [[70, 80], [70, 80]],
     "packed each its way": [[150], [60, 50, 3], [7] * 20, []],
@@ -67,8 +67,9 @@ def test_each_query_meets_all_that_it_sees_and_each_key_once(make_batch, pattern
 
 
 def test_what_no_query_of_a_tile_sees_is_skipped(make_batch):
-    """Of 8 × 8 tiles of each copy, noisy ones meet themselves and clean ones up to their own place."""
-    batch = make_batch([[512]], length=512)
+    """Of 4 × 4 tiles of each two copies, noisy ones meet themselves, and all meet clean ones up to their own place."""
+    size = split.SIZE
+    batch = make_batch([[4 * size]], length=4 * size)
     view = Pattern(16, "clean").lay_out(batch, [batch.maskable_BL] * 2, MASK)
     inputs = qkv(view, 2, 2)
 
@@ -77,14 +78,15 @@ def test_what_no_query_of_a_tile_sees_is_skipped(make_batch):
             plan.attend(*inputs, None).sum().backward()
         return counter.get_total_flops()
 
-    tiles = 3 * (8 * 9 // 2) + 2 * 8
-    assert flops(split.plan(view, sees)) / flops(dense.plan(view, sees)) == pytest.approx(tiles / (3 * 8) ** 2)
+    tiles = 3 * (4 * 5 // 2) + 2 * 4
+    assert flops(split.plan(view, sees)) / flops(dense.plan(view, sees)) == pytest.approx(tiles / (3 * 4) ** 2)
 
 
-def test_rows_of_one_layout_are_attended_together(make_batch):
+def test_rows_of_one_layout_are_attended_together(make_batch, monkeypatch):
+    monkeypatch.setattr(split, "SIZE", 64)
     for rows, layouts in (("one document", 1), ("packed alike", 1), ("packed each its way", 4)):
         view = view_of(make_batch, AUTOREGRESSIVE, rows)
-        assert len(split.plan(view, sees).lay_out()) == layouts * 3
+        assert len(split.plan(view, sees).lay_out()) == layouts * -(-150 // split.SIZE)
 
 
 def test_nothing_as_large_as_all_pairs_is_made_or_kept(make_batch):
