@@ -8,6 +8,7 @@ Letters as there: h width, q and k numbers of all query and key heads, f feed-fo
 from __future__ import annotations
 
 from dlm_lightning import catalog
+from dlm_lightning.readout import AT_A_TIME
 
 SIZES = {  # of the published config.json files: h, f, layers, query heads, key heads, tied embeddings; heads of 128
     "block_causal_qwen3_0_6b_24gb": (1024, 3072, 28, 16, 8, True),
@@ -16,8 +17,8 @@ SIZES = {  # of the published config.json files: h, f, layers, query heads, key 
     "efficient_dlm_qwen3_4b": (2560, 9728, 36, 32, 8, True),
     "efficient_dlm_qwen3_8b_4_nodes": (4096, 12288, 36, 32, 8, False),
 }
-VOCABULARY, HEAD_DIM, CHUNK = 151936, 128, 2048
-COLUMNS = ("states", "gathered", "layer inputs", "one layer", "attention", "head", "peak")
+VOCABULARY, HEAD_DIM = 151936, 128
+COLUMNS = ("states", "gathered", "layer inputs", "one layer", "head", "peak")
 
 
 def parts(name: str) -> dict[str, float]:
@@ -36,10 +37,9 @@ def parts(name: str) -> dict[str, float]:
         "gathered": 10 * (root + 2 * layer) if gpus > 1 else 0,
         "layer inputs": 4 * h * layers * row * batch,
         "one layer": 2 * (40 * h + 36 * (q + k) + 4 * k + 8 * f) * row * batch,
-        "attention": 12 * batch * heads * row**2,
-        "head": 16 * VOCABULARY * CHUNK,
+        "head": 16 * AT_A_TIME["cuda"],
     }
-    layer_or_head = max(found["one layer"] + found["attention"], found["head"])
+    layer_or_head = max(found["one layer"], found["head"])
     found["peak"] = found["states"] + found["gathered"] + found["layer inputs"] + layer_or_head
     return {column: bytes_ / 1e9 for column, bytes_ in found.items()}
 
