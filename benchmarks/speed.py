@@ -1,6 +1,7 @@
 """How fast is a training step? What `dlm bench` measures, against goals set before anything was made faster.
 
     python benchmarks/speed.py cpu        # two cores; slow in bfloat16 where a CPU has no units for it
+    python benchmarks/speed.py growth     # two cores: how a step grows with rows, blocks, documents, vocabulary
     python benchmarks/speed.py gpu        # one H200-class GPU: minutes
     python benchmarks/speed.py tables     # docs/results/speed.md anew from docs/results/speed.json
 
@@ -70,6 +71,13 @@ GOALS = {
     ],
 }
 COLUMNS = {"cpu": tuple(BATCH), "gpu": tuple(MODELS)}
+GROWTH = {  # of a step on a CPU, one key at a time
+    "data.row_length": ("512", "1024", "2048"),
+    "model.block_size": ("4", "16", "64"),
+    "documents": ("1", "2", "4", "8"),
+    "data.vocab_size": ("4095", "16383", "32767"),
+}
+PARTS = (*GOALS, "growth")
 
 
 def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
@@ -81,17 +89,22 @@ def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
             )
             for model, (values, batch) in MODELS.items()
         }
-    values = {"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}
-    found = {}
-    for precision, batch in BATCH.items():
-        for size, recipes in ((SMALL, [PAIR, BLOCK]), (LARGE, [PAIR])):
-            rows = int(size.replace(",", ""))
-            own = [f"data.vocab_size={rows - 1}", "data.row_length=512", f"data.batch_size={batch}"]
-            own += ["model.block_size=16", f"trainer.precision={precision}", "trainer.accelerator=cpu"]
-            found[f"{precision}/{size}"] = Request(
-                recipes, [*shape(values, 32, 6, 3), *own, *words], ["peers", "fair"], turns
-            )
-    return found
+    if part == "growth":
+        own = [*on_cpu("32-true", SMALL), *words]
+        return {key: Request([PAIR], own, ["fair"], turns, growth=(key, values)) for key, values in GROWTH.items()}
+    return {
+        f"{precision}/{size}": Request(recipes, [*on_cpu(precision, size), *words], ["peers", "fair"], turns)
+        for precision in BATCH
+        for size, recipes in ((SMALL, [PAIR, BLOCK]), (LARGE, [PAIR]))
+    }
+
+
+def on_cpu(precision: str, size: str) -> list[str]:
+    """A Qwen3 of six layers, rows of 512 tokens, blocks of 16."""
+    model = shape({"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}, 32, 6, 3)
+    data = [f"data.vocab_size={int(size.replace(',', '')) - 1}", "data.row_length=512"]
+    batch = [f"data.batch_size={BATCH[precision]}", "model.block_size=16"]
+    return [*model, *data, *batch, f"trainer.precision={precision}", "trainer.accelerator=cpu"]
 
 
 def shape(values: dict[str, int], head: int, heads: int, key_heads: int) -> list[str]:
@@ -114,7 +127,7 @@ def reached(goal: Goal, record: dict[str, Any] | None) -> Spread | None:
     found = next((contest for contest in record["contests"] if contest["recipe"] == goal.recipe), None)
     if found is None:
         return None
-    contest = Contest(found["recipe"], found["value"], found["precision"], [Measured(**arm) for arm in found["arms"]])
+    contest = read(found)
     arms = [contest.arm(name) for name in goal.arms]
     if goal.what == "memory":
         return Spread.of([arms[0].memory / arms[1].memory])
@@ -124,6 +137,11 @@ def reached(goal: Goal, record: dict[str, Any] | None) -> Spread | None:
         return Spread.of([arms[0].flops / seconds / record["peak"] for seconds in arms[0].seconds])
     times = contest.ratio(goal.arms[1], goal.arms[0])
     return Spread(*(arms[0].flops / arms[1].flops * time for time in times))
+
+
+def read(found: dict[str, Any]) -> Contest:
+    """A contest as JSON holds it."""
+    return Contest(found["recipe"], found["value"], found["precision"], [Measured(**arm) for arm in found["arms"]])
 
 
 def verdict(goal: Goal, found: Spread | None) -> str:
@@ -140,6 +158,8 @@ def verdict(goal: Goal, found: Spread | None) -> str:
 
 def table(part: str, records: dict[str, Any]) -> str:
     """The Markdown table of a part, with the devices that it was measured on."""
+    if part == "growth":
+        return growth(records)
     columns = COLUMNS[part]
     lines = [f"| | vocabulary | goal | stretch | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
     for goal in GOALS[part]:
@@ -147,15 +167,38 @@ def table(part: str, records: dict[str, Any]) -> str:
         bounds = [f"{bound} {limit:g}" if limit is not None else "" for limit in (goal.least, goal.stretch)]
         cells = [verdict(goal, reached(goal, records.get(f"{column}/{goal.size}"))) for column in columns]
         lines.append(f"| {' | '.join([goal.title, goal.size or '151,936', *bounds, *cells])} |")
+    return "\n".join([*lines, "", where(records)])
+
+
+def growth(records: dict[str, Any]) -> str:
+    """The Markdown table of how a step grows, and its pictures' names."""
+    lines = [
+        "| what grows | | our step, s | the fair baseline's over ours | ours over AR | our peak, MiB |",
+        "|---" * 6 + "|",
+    ]
+    for key, record in records.items():
+        for contest in map(read, record["contests"]):
+            ours = contest.arm("ours")
+            cells = [
+                spread(Spread.of(ours.seconds)),
+                spread(contest.ratio("fair", "ours")),
+                spread(contest.ratio("ours", "ar")),
+            ]
+            lines.append(f"| `{key}` | {int(contest.value or 0):,} | {' | '.join(cells)} | {ours.memory / 2**20:.0f} |")
+    return "\n".join([*lines, "", where(records)])
+
+
+def where(records: dict[str, Any]) -> str:
+    """What figures were measured on."""
     said = {f"{r['device']}, threads: {r['threads']}, torch {r['versions']['torch']}" for r in records.values()}
-    return "\n".join([*lines, "", f"Measured on: {'; '.join(sorted(said)) or 'nothing yet'}."])
+    return f"Measured on: {'; '.join(sorted(said)) or 'nothing yet'}."
 
 
 def write(out: Path) -> None:
     """The tables of speed.md, from speed.json."""
     kept, page = load(out), out / "speed.md"
     text = page.read_text()
-    for part in GOALS:
+    for part in PARTS:
         before, rest = text.split(f"<!-- {part} -->\n")
         after = rest.split(f"<!-- end of {part} -->")[1]
         text = f"{before}<!-- {part} -->\n{table(part, kept.get(part, {}))}\n<!-- end of {part} -->{after}"
@@ -170,7 +213,7 @@ def load(out: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=[*GOALS, "tables"])
+    parser.add_argument("part", choices=[*PARTS, "tables"])
     parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
     parser.add_argument("--turns", type=int, default=10)
     parser.add_argument("--out", type=Path, default=OUT, help="the folder with speed.md")

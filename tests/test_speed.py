@@ -99,3 +99,16 @@ def test_the_models_have_the_sizes_that_the_page_says(speed, tmp_path, monkeypat
         words = [word for word in request.overrides if not word.startswith("trainer.accelerator")]
         config = prepare(request.recipes[0], words).recipe.model_config
         assert (config.vocab_size, config.head_dim, config.num_key_value_heads) == (151936, 128, 8)
+
+
+def test_growth_is_a_row_for_each_value(speed, record):
+    [_, contest] = record["contests"]
+    grown = record | {"contests": [contest | {"value": value} for value in ("512", "1024")]}
+    table = speed.table("growth", {"data.row_length": grown})
+    assert [line for line in table.splitlines() if "1,024" in line] == [
+        "| `data.row_length` | 1,024 | 3.00 ± 0.50 | 1.20 ± 0.00 | 2.00 ± 0.00 | 0 |"
+    ]
+    requests = speed.requests("growth", 1, [])
+    assert {key: request.growth for key, request in requests.items()} == {
+        key: (key, v) for key, v in speed.GROWTH.items()
+    }
