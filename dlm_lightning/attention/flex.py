@@ -19,11 +19,13 @@ from dlm_lightning.attention import bounds
 from dlm_lightning.view import View, near, sees
 
 SIZE = 128  # tokens of a tile, the kernel's own
+GRAPHS = 64  # beyond its limit torch would go on without a compiled kernel, and look at all pairs
 
 
 @cache
 def kernel() -> Callable[..., Any]:
-    """The compiled kernel, one for all plans; static shapes, because there are as many as there are views."""
+    """The compiled kernel, one for all plans; a graph for each shape of a view, window and softcap."""
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     return torch.compile(flex_attention, dynamic=False)
 
 

@@ -62,6 +62,21 @@ def test_the_kernel_is_told_of_every_tile_with_a_pair_and_of_none_as_whole_that_
     assert (whole.bool() <= inside.all(3)).all()
 
 
+@pytest.mark.slow
+def test_compiled_for_one_view_it_serves_all_of_the_same_shape(make_batch):
+    """Without gradients, which the kernel has on GPUs only."""
+    graphs = []
+    for seed, rows in enumerate(([[200], [90, 100]], [[120, 80], [60]], [[5] * 40, [200]])):
+        batch = make_batch(rows, length=200, seed=seed)
+        view = Pattern(16, "clean").lay_out(batch, [batch.maskable_BL] * 2, MASK)
+        inputs = qkv(view)
+        with torch.no_grad():
+            mine, reference = (plan.attend(*inputs, 0.3) for plan in (flex.Plan(view, sees), dense.plan(view, sees)))
+        assert torch.allclose(mine, reference, atol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert len({*graphs}) == 1 and graphs[0] > 0
+
+
 def test_it_is_for_cuda_and_the_familys_predicate(make_batch):
     assert flex.plan(view_of(make_batch, AUTOREGRESSIVE), sees) is None
 
