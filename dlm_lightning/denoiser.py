@@ -86,7 +86,7 @@ class Denoiser(nn.Module):
         if cache is None:
             S = view.ids_BS.shape[1]
             read_BS = predictors(view, self.mask_id, self.shift, self.first_token)
-            read_N = keep_N // S * S + read_BS.flatten()[keep_N]
+            read_N = keep_N // S * S + read_BS.flatten()[keep_N].clamp(min=0)
             last = decoder_layers(self.network)[-1]
             with readout.read_alone(last, read_N, view.ids_BS.numel()):
                 hidden_ND = self._hidden(view, keys).flatten(0, 1)[read_N]

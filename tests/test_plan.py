@@ -62,8 +62,10 @@ def test_flops_are_those_of_the_matrices_and_of_attention(planned):
     matrices = sum(p.numel() for name, p in named if "layers" in name and p.ndim > 1)
     attention = 2 * 2 * B * 4 * S * S * 8 * 2  # two products of four heads of eight numbers in two layers
     head = 2 * scored * 32 * VOCABULARY
+    last = sum(p.numel() for p in found.denoiser.network.model.layers[-1].mlp.parameters())
+    unread = 2 * (B * S - scored) * last  # tokens that nobody reads leave the last layer without its feed-forward part
     done = found.rehearsal
-    assert done.forward == 2 * B * S * matrices + attention + head
+    assert done.forward == 2 * B * S * matrices + attention + head - unread
     # backward: products twice, and five products of attention for two; no gradient ends at token ids
     assert done.computed == 3 * done.forward + attention // 2
 
@@ -94,7 +96,7 @@ def test_activations_are_what_autograd_saves(planned, make_recipe):
         return tensor
 
     scored = round(B * (L - 1) / 2)
-    index_N = torch.arange(scored)
+    index_N = torch.arange(1, scored + 1)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         recipe.denoiser(view, index_N, batch.ids_BL.flatten()[:scored], torch.rand(scored))
     head = recipe.denoiser.network.get_output_embeddings().weight
@@ -185,8 +187,9 @@ def test_frozen_parameters_have_neither_gradient_nor_moments(of_class, parameter
 def test_checkpointing_trades_memory_for_flops(planned):
     plain, found = planned("block_causal"), planned("block_causal", "model.activation_checkpointing=true")
     assert found.rehearsal.activations < plain.rehearsal.activations / 2
-    assert found.rehearsal.forward == plain.rehearsal.forward
-    assert 0 < found.rehearsal.computed - plain.rehearsal.computed <= plain.rehearsal.forward
+    unread = found.rehearsal.forward - plain.rehearsal.forward  # the last layer is left whole
+    assert 0 < unread < plain.rehearsal.forward / 2
+    assert 0 < found.rehearsal.computed - plain.rehearsal.computed - 3 * unread <= found.rehearsal.forward
 
 
 def test_what_checkpointing_computes_anew_is_there_for_one_layer_at_a_time(planned):
