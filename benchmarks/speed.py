@@ -216,10 +216,14 @@ def main() -> None:
     parser.add_argument("part", choices=[*PARTS, "tables"])
     parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
     parser.add_argument("--turns", type=int, default=10)
+    parser.add_argument(
+        "--only", default="", metavar="NAME", help="such as bf16-mixed: what begins so, the rest stays as it is"
+    )
     parser.add_argument("--out", type=Path, default=OUT, help="the folder with speed.md")
     args = parser.parse_intermixed_args()
     if args.part != "tables":
-        for name, request in requests(args.part, args.turns, args.words).items():
+        asked = requests(args.part, args.turns, args.words)
+        for name, request in ((n, r) for n, r in asked.items() if n.startswith(args.only)):
             record = measure(request).plain()
             kept = load(args.out)
             kept.setdefault(args.part, {})[name] = record
