@@ -8,7 +8,8 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +19,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 
 from dlm_lightning.bench import show
-from dlm_lightning.bench.arms import Arm, Step, arms, check
+from dlm_lightning.bench.arms import Arm, Step, arms, check, check_documents
 from dlm_lightning.bench.needs import forward_tokens, needed_flops, peak_memory
 from dlm_lightning.bench.record import Contest, Measured, Record, named
 from dlm_lightning.bench.timing import WARM_UP, take_turns, wait_for
@@ -50,6 +51,8 @@ class Request:
         arms(self.baselines)
         if self.turns < 1:
             raise ValueError(f"--turns must be at least 1, not {self.turns}")
+        if self.growth and self.growth[0] == DOCUMENTS and self.documents != 1:
+            raise ValueError(f"--documents {self.documents} and --growth {DOCUMENTS} contradict each other")
         if self.documents < 1:
             raise ValueError(f"--documents must be at least 1, not {self.documents}")
         if self.tflops is not None and not 0 < self.tflops < float("inf"):
@@ -59,12 +62,35 @@ class Request:
 def bench(request: Request, out: str | None = None) -> Path:
     """Measure what is asked for, print the table, and return the folder with JSON and picture."""
     folder = _folder(out)
-    record = measure(request)
-    folder.mkdir(parents=True, exist_ok=True)
+    check_all(request)
+    with _made(folder):
+        record = measure(request)
     record.save(folder)
     show.draw(record, folder / show.PICTURE)
     Console(highlight=False).print(show.tables(record))
     return folder
+
+
+def check_all(request: Request) -> None:
+    """Refuse what cannot be measured before anything is: every recipe at every value of what grows."""
+    for value in request.growth[1] if request.growth else [None]:
+        for recipe in request.recipes:
+            overrides, documents = _grown(request, value)
+            check_documents(documents, prepare(recipe, overrides, here=True).data.row_length)
+
+
+@contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """The folder, which is there meanwhile, so that it can be; without a measurement it is taken away again."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from error
+    try:
+        yield
+    except BaseException:
+        folder.rmdir()
+        raise
 
 
 def measure(request: Request) -> Record:
@@ -127,15 +153,15 @@ def _peak(device: torch.device, precision: str) -> float | None:
 def growth(words: str) -> tuple[str, list[str]]:
     """`KEY=V,V,…` as a key, or `documents`, and its values, which are numbers because they become an axis."""
     key, _, values = words.partition("=")
-    found = [value.strip() for value in values.split(",") if value.strip()]
-    if not found:
+    found = [value.strip() for value in values.split(",")]
+    if not all(found):
         raise ValueError(f"--growth {words} needs values, as in --growth data.row_length=512,1024")
     if key != DOCUMENTS and not key.startswith(("model.", "data.", "trainer.")):
         raise ValueError(f"--growth {key}: what grows is a key of a recipe, such as data.row_length, or {DOCUMENTS}")
     for value in found:
         if not value.isdigit() or int(value) < 1:
             raise ValueError(f"--growth {key}: {value} is no whole number above 0")
-    return key, found
+    return key, sorted(dict.fromkeys(found), key=int)
 
 
 def _folder(out: str | None) -> Path:

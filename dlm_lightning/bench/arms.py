@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from dlm_lightning import attention
 from dlm_lightning.bench.baselines import BASELINES, Loss
 from dlm_lightning.catalog import nearest
 from dlm_lightning.compilation import compile_layers
@@ -69,8 +70,7 @@ def _loss(recipe: Recipe, view: View, scored: Scored) -> Tensor:
 
 def packed(count: int, length: int, documents: int, token_ids: Sequence[int]) -> Batch:
     """Full rows of so many documents of nearly equal length, of random tokens, with their noise."""
-    if not 1 <= documents <= length // 2:
-        raise ValueError(f"documents must lie between 1 and half of data.row_length, {length // 2}, not {documents}")
+    check_documents(documents, length)
     batch = rows(count, length)
     index_L = torch.arange(length)
     document_L = index_L * documents // length
@@ -84,6 +84,12 @@ def packed(count: int, length: int, documents: int, token_ids: Sequence[int]) ->
         document_BL=document_L.repeat(count, 1),
         maskable_BL=position_BL > 0,
     )
+
+
+def check_documents(documents: int, length: int) -> None:
+    """ValueError for a number of documents that a row does not hold."""
+    if not 1 <= documents <= length // 2:
+        raise ValueError(f"documents must lie between 1 and half of data.row_length, {length // 2}, not {documents}")
 
 
 class Step:
@@ -108,6 +114,9 @@ class Step:
         batch = packed(prepared.data.batch_size, prepared.data.row_length, documents, denoiser.token_ids)
         self.batch = Batch(*(tensor.to(self.device) for tensor in batch))
         self.tokens = int(self.batch.maskable_BL.sum())
+        with self.precision.forward_context():
+            view, _ = shown(self.recipe, self.batch)
+            attention.require(self.recipe.backend, view, self.recipe.predicate, denoiser.network.dtype)
 
     def __call__(self, arm: Arm) -> Tensor:
         """One step by an arm; returns its loss per maskable token."""

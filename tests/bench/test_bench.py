@@ -100,6 +100,14 @@ def test_a_gpu_is_measured(precision, small, tmp_path, monkeypatch):
         (["block_causal", "--growth", "data.row_length"], "--growth data.row_length needs values"),
         (["block_causal", "--growth", "data.row_length=,"], "needs values"),
         (["block_causal", "--growth", "length=3"], "what grows is a key of a recipe, such as data.row_length, or doc"),
+        (["block_causal", "--growth", "data.row_length=16,,24"], "needs values"),
+        (
+            ["block_causal", "--growth", "documents=1,13"],
+            "documents must lie between 1 and half of data.row_length, 12",
+        ),
+        (["block_causal", "--growth", "documents=1,2", "--documents", "2"], "contradict each other"),
+        (["block_causal", "model.attention=flex"], "model.attention: flex does not compute this recipe's views"),
+        (["block_causal", "--out", "full/file/below"], "--out full/file/below cannot be made"),
         (["block_causal", "--growth", "documents=1,two"], "two is no whole number above 0"),
         (["block_causal", "--growth", "data.row_lenght=16"], "row_lenght"),
         (["block_causal", "--growth", "data.vocab_size=99"], "data.vocab_size must be null: the source brings its own"),
@@ -123,4 +131,4 @@ def test_a_wrong_command_line_is_2(words, typed, tmp_path):
 
 
 def test_growth_is_a_key_and_its_values():
-    assert growth("documents=1, 2,4,") == ("documents", ["1", "2", "4"])
+    assert growth("documents=4, 2,1,4") == ("documents", ["1", "2", "4"])
