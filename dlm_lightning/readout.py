@@ -1,6 +1,6 @@
 """What is read from a network: logits, −log p, and its weighted sum, whose gradient is made in the forward pass.
 
-Shapes: N tokens read, n of them at a time, D hidden size, V vocabulary.
+Shapes: N tokens read, n of them at a time, D hidden size, V vocabulary, X of its rows that are banned.
 """
 
 from __future__ import annotations
@@ -17,13 +17,12 @@ from transformers import PreTrainedModel
 
 from dlm_lightning import bfloat16
 
-AT_A_TIME = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at the same time
-
+AT_A_TIME = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at the same time, on other devices as on a GPU
 MOSTLY = 0.75  # the share of all tokens from which on it is not worth to read some alone
 
 
 def logits(network: PreTrainedModel, hidden_ND: Tensor, banned_X: Tensor) -> Tensor:
-    """The network's own readout [N, V] in float32 at least, −∞ for the rows of the vocabulary that are banned."""
+    """The network's own readout [N, V] in float32, −∞ for the rows of the vocabulary that are banned."""
     return _raw(network, hidden_ND).index_fill(1, banned_X, -torch.inf)
 
 
@@ -146,5 +145,5 @@ def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
 
 def _parts(network: PreTrainedModel, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Tensors over N cut alike, so that no more logits exist at a time than may."""
-    size = max(1, AT_A_TIME[tensors[0].device.type] // network.config.vocab_size)
+    size = max(1, AT_A_TIME.get(tensors[0].device.type, AT_A_TIME["cuda"]) // network.config.vocab_size)
     return [*zip(*(tensor.split(size) for tensor in tensors), strict=True)]

@@ -77,7 +77,7 @@ class Plan:
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
     """The tiles of a view that looks at itself; None for one that is not on a CPU."""
-    return None if view.ids_BS.is_cuda else Plan(view, predicate, dense.plan(view, predicate))
+    return Plan(view, predicate, dense.plan(view, predicate)) if view.ids_BS.is_cpu else None
 
 
 def _tiles(view: View, predicate: Callable[[View, View], Tensor], window: int | None) -> list[Tile]:

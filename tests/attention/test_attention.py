@@ -138,7 +138,7 @@ def test_without_a_device_or_the_package_nothing_is_for_flash(make_batch, monkey
 
 def on_device(view):
     """The view as if its tokens were on a GPU."""
-    return replace(view, ids_BS=SimpleNamespace(is_cuda=True))
+    return replace(view, ids_BS=SimpleNamespace(is_cuda=True, is_cpu=False))
 
 
 def packed_kernel(
