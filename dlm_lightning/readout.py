@@ -17,7 +17,8 @@ from transformers import PreTrainedModel
 
 from dlm_lightning import bfloat16
 
-AT_A_TIME = {"cpu": 2**22, "cuda": 2**28}  # logits that exist at the same time, on other devices as on a GPU
+AT_A_TIME = {"cpu": 2**23, "cuda": 2**28}  # logits that exist at the same time, on other devices as on a GPU
+AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # keys of configs
 MOSTLY = 0.75  # the share of all tokens from which on it is not worth to read some alone
 
 
@@ -67,20 +68,24 @@ class _WeightedNll(torch.autograd.Function):
         grad_ND = torch.empty_like(hidden_ND)
         grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
         nll_N = weight_N.new_empty(len(target_N))
+        weight_VD = _sole_weight(network, hidden_ND.device)
         first = 0
         for hidden_nD, target_n, weight_n in _parts(network, hidden_ND, target_N, weight_N):
             last = first + len(target_n)
-            hidden_nD = hidden_nD.detach().requires_grad_()
-            with torch.enable_grad():
+            hidden_nD = hidden_nD.detach().requires_grad_(weight_VD is None)
+            with torch.set_grad_enabled(weight_VD is None):
                 raw_nV = _raw(network, hidden_nD)
-            log_p_nV = raw_nV.detach().index_fill_(1, banned_X, -torch.inf).log_softmax(1)
-            nll_N[first:last] = -log_p_nV.gather(1, target_n[:, None])[:, 0]
-            slope_nV = log_p_nV.exp_().mul_(weight_n[:, None])
-            slope_nV.scatter_add_(1, target_n[:, None], -weight_n[:, None].to(slope_nV.dtype))
-            grad_nD, *more = torch.autograd.grad(raw_nV, [hidden_nD, *trained], slope_nV)
-            grad_ND[first:last] = grad_nD
-            for total, part in zip(grads, more, strict=True):
-                total += part
+            nll_n, slope_nV, scale_n1 = _slope(raw_nV.detach().index_fill_(1, banned_X, -torch.inf), target_n)
+            scale_n1 = scale_n1 * weight_n[:, None]
+            if weight_VD is not None:
+                grad_nD = slope_nV @ weight_VD * scale_n1
+                for total in grads:
+                    total.addmm_(slope_nV.t(), hidden_nD.float() * scale_n1)
+            else:
+                grad_nD, *more = torch.autograd.grad(raw_nV, [hidden_nD, *trained], slope_nV.mul_(scale_n1))
+                for total, part in zip(grads, more, strict=True):
+                    total += part
+            nll_N[first:last], grad_ND[first:last] = nll_n, grad_nD
             first = last
         ctx.grads = [grad_ND, *(total.to(p.dtype) for total, p in zip(grads, trained, strict=True))]
         ctx.mark_non_differentiable(nll_N)
@@ -93,6 +98,15 @@ class _WeightedNll(torch.autograd.Function):
         grad_ND, *grads = (grad.mul_(slopes[0]) for grad in ctx.grads)
         ctx.grads = None
         return None, grad_ND, None, None, None, *grads
+
+
+def _slope(logits_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """−log p of the targets, and its slope p − 1[target] as a product: in the logits' place, and a scale [n, 1]."""
+    target_n1 = target_n[:, None]
+    logit_n1, top_n1 = logits_nV.gather(1, target_n1), logits_nV.amax(1, keepdim=True)
+    total_n1 = logits_nV.sub_(top_n1).exp_().sum(1, keepdim=True)
+    nll_n = (top_n1 - logit_n1 + total_n1.log())[:, 0]
+    return nll_n, logits_nV.scatter_add_(1, target_n1, -total_n1), 1 / total_n1
 
 
 @contextmanager
@@ -141,6 +155,20 @@ def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     if cap := getattr(config, "final_logit_softcapping", None):
         logits_NV = cap * torch.tanh(logits_NV / cap)
     return logits_NV
+
+
+def _sole_weight(network: PreTrainedModel, device: torch.device) -> Tensor | None:
+    """The head's weight, if logits are hidden states times it and nothing else, in float32.
+
+    Then two products are all that their gradient needs, and the weight's can be added up in its place.
+    """
+    config, head = network.config, network.get_output_embeddings()
+    if type(head) is not nn.Linear or head.bias is not None or head.weight.dtype != torch.float32:
+        return None
+    if torch.is_autocast_enabled(device.type) and bfloat16.in_hardware(device):
+        return None
+    alone = all(getattr(config, key, None) in (None, 1) for key in AFTER_THE_HEAD)
+    return head.weight.detach() if alone else None
 
 
 def _parts(network: PreTrainedModel, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
