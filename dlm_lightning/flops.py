@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, ClassVar
 
 import torch
@@ -18,18 +20,30 @@ class FlopCounter(FlopCounterMode):
     """
 
     forward = 0
+    by_hand: ClassVar[bool] = False  # see `gradient`
 
     def __init__(self) -> None:
         kernels = {getattr(torch.ops.aten, _CPU): _attention, getattr(torch.ops.aten, f"{_CPU}_backward"): _backward}
+        kernels[torch.ops.aten.addmm_] = _added
         super().__init__(display=False, custom_mapping=kernels)
         self.mod_tracker: Any = _Everything()
 
     def _count_flops(self, op: Any, out: Any, args: Any, kwargs: Any) -> Any:
         before = self.get_total_flops()
         out = super()._count_flops(op, out, args, kwargs)
-        if torch._C._current_graph_task_id() == -1:  # autograd is not at work
+        if torch._C._current_graph_task_id() == -1 and not self.by_hand:  # autograd is not at work
             self.forward += self.get_total_flops() - before
         return out
+
+
+@contextmanager
+def gradient() -> Iterator[None]:
+    """Meanwhile, FLOPs are those of a gradient that is computed without autograd, and no part of a forward pass."""
+    FlopCounter.by_hand = True
+    try:
+        yield
+    finally:
+        FlopCounter.by_hand = False
 
 
 class _Everything:
@@ -45,6 +59,11 @@ class _Everything:
 def _attention(q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:
     """Two products, [S, D] × [D, K] and [S, K] × [K, D], for each query head."""
     return 4 * q[0] * q[1] * q[2] * k[2] * q[3]
+
+
+def _added(_total: tuple[int, ...], a: tuple[int, ...], b: tuple[int, ...], *_: Any, **__: Any) -> int:
+    """One product, added to what is there."""
+    return 2 * a[0] * a[1] * b[1]
 
 
 def _backward(grad: Any, q: tuple[int, ...], k: tuple[int, ...], v: tuple[int, ...], *_: Any, **__: Any) -> int:

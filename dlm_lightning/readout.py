@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dlm_lightning import bfloat16
+from dlm_lightning import bfloat16, flops
 
 AT_A_TIME = {"cpu": 2**23, "cuda": 2**28}  # logits that exist at the same time, on other devices as on a GPU
 AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # keys of configs
@@ -78,9 +78,10 @@ class _WeightedNll(torch.autograd.Function):
             nll_n, slope_nV, scale_n1 = _slope(raw_nV.detach().index_fill_(1, banned_X, -torch.inf), target_n)
             scale_n1 = scale_n1 * weight_n[:, None]
             if weight_VD is not None:
-                grad_nD = slope_nV @ weight_VD * scale_n1
-                for total in grads:
-                    total.addmm_(slope_nV.t(), hidden_nD.float() * scale_n1)
+                with flops.gradient():
+                    grad_nD = slope_nV @ weight_VD * scale_n1
+                    for total in grads:
+                        total.addmm_(slope_nV.t(), hidden_nD.float() * scale_n1)
             else:
                 grad_nD, *more = torch.autograd.grad(raw_nV, [hidden_nD, *trained], slope_nV.mul_(scale_n1))
                 for total, part in zip(grads, more, strict=True):

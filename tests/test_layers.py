@@ -13,9 +13,9 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (0, {"view", "noise"}),
     (0, {"loss", "schedule"}),
     (0, {"tally"}),
-    (1, {"layouts", "shards", "bfloat16"}),
+    (1, {"layouts", "shards", "bfloat16", "flops"}),
     (1, {"source", "mask_token", "attention", "readout", "lora", "cache"}),
-    (1, {"denoiser", "drift", "flops", "representation", "compilation"}),
+    (1, {"denoiser", "drift", "representation", "compilation"}),
     (1, {"decode", "sight", "likelihood"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
     (2, {"conversion", "checkpoint"}),
@@ -40,7 +40,8 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
     "attention": {
         "__init__": {"dense", "flash", "flex", "split"},
         "flash": {"dense"},
-        "split": {"bounds", "dense"},
+        "parts": {"bounds"},
+        "split": {"dense", "parts"},
         "flex": {"bounds"},
     },
     "decode": {

@@ -1,4 +1,4 @@
-"""Attention tile by tile against the dense backend: outputs, gradients, what is skipped and what is kept."""
+"""Attention part by part against the dense backend: outputs, gradients, what is skipped and what is kept."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from dlm_lightning import bfloat16
-from dlm_lightning.attention import dense, split
+from dlm_lightning.attention import dense, parts, split
 from dlm_lightning.flops import FlopCounter
 from dlm_lightning.loss import score
-from dlm_lightning.view import AUTOREGRESSIVE, Pattern, attention_mask, sees
+from dlm_lightning.view import AUTOREGRESSIVE, Pattern, sees
 
 MASK = 300
 ROWS = {  # of more than a tile
@@ -17,7 +17,14 @@ ROWS = {  # of more than a tile
     "packed alike": [[70, 80], [70, 80]],
     "packed each its way": [[150], [60, 50, 3], [7] * 20, []],
 }
-PATTERNS = [Pattern(16, "clean"), Pattern(7, "clean", "causal"), Pattern(16), Pattern(None), AUTOREGRESSIVE]
+PATTERNS = [
+    Pattern(16, "clean"),
+    Pattern(50, "clean"),
+    Pattern(7, "clean", "causal"),
+    Pattern(16),
+    Pattern(None),
+    AUTOREGRESSIVE,
+]
 
 
 def view_of(make_batch, pattern, rows, length=150):
@@ -56,19 +63,9 @@ def test_a_predicate_of_ones_own(make_batch):
     assert torch.allclose(mine, reference)
 
 
-@pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_each_query_meets_all_that_it_sees_and_each_key_once(make_batch, pattern):
-    view = view_of(make_batch, pattern, "packed each its way")
-    met_BSS = torch.zeros(*view.ids_BS.shape, view.ids_BS.shape[1])
-    for tile in split.plan(view, sees).lay_out():
-        for span in tile.keys:
-            met_BSS[tile.rows, tile.span, span] += 1
-    assert met_BSS.max() == 1 and (met_BSS.bool() >= attention_mask(view)).all()
-
-
 def test_what_no_query_of_a_tile_sees_is_skipped(make_batch):
-    """Of 4 × 4 tiles of each two copies, noisy ones meet themselves, and all meet clean ones up to their own place."""
-    size = split.SIZE
+    """Of 4 × 4 tiles of each two copies, all meet clean ones up to their own place, noisy ones besides their blocks."""
+    size = parts.SIZE
     batch = make_batch([[4 * size]], length=4 * size)
     view = Pattern(16, "clean").lay_out(batch, [batch.maskable_BL] * 2, MASK)
     inputs = qkv(view, 2, 2)
@@ -78,22 +75,15 @@ def test_what_no_query_of_a_tile_sees_is_skipped(make_batch):
             plan.attend(*inputs, None).sum().backward()
         return counter.get_total_flops()
 
-    tiles = 3 * (4 * 5 // 2) + 2 * 4
+    tiles = 3 * (4 * 5 // 2) + 2 * 4 * parts.BLOCKS[0] / size
     assert flops(split.plan(view, sees)) / flops(dense.plan(view, sees)) == pytest.approx(tiles / (3 * 4) ** 2)
-
-
-def test_rows_of_one_layout_are_attended_together(make_batch, monkeypatch):
-    monkeypatch.setattr(split, "SIZE", 64)
-    for rows, layouts in (("one document", 1), ("packed alike", 1), ("packed each its way", 4)):
-        view = view_of(make_batch, AUTOREGRESSIVE, rows)
-        assert len(split.plan(view, sees).lay_out()) == layouts * -(-150 // split.SIZE)
 
 
 def test_nothing_as_large_as_all_pairs_is_made_or_kept(make_batch):
     batch = make_batch([[1024]], length=1024)
     view = Pattern(16, "clean").lay_out(batch, [batch.maskable_BL], MASK)
     plan = split.plan(view, sees)
-    assert sum(tile.mask_b1SP.numel() for tile in plan.lay_out() if tile.mask_b1SP is not None) < 2048**2 / 10
+    assert sum(part.mask_bnQP.numel() for part in plan.lay_out() if part.mask_bnQP is not None) < 2048**2 / 10
     kept = []
     with torch.autograd.graph.saved_tensors_hooks(lambda x: kept.append(x.numel()) or x, lambda x: x):
         plan.attend(*qkv(view, 2, 2), None)
