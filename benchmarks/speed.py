@@ -25,7 +25,7 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "results"
 BLOCK, PAIR = "block_causal", "complementary_mask"
 SMALL, LARGE = "4,096", "32,768"  # rows of the embedding on a CPU, the mask token's among them
-BATCH = {"32-true": 2, "bf16-mixed": 1}
+PRECISIONS = ("32-true", "bf16-mixed")
 QWEN3_06 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 QWEN3_17 = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
 MODELS = {"Qwen3-0.6B": (QWEN3_06, 4), "Qwen3-1.7B": (QWEN3_17, 2)}  # with rows a batch
@@ -70,7 +70,7 @@ GOALS = {
         Goal("drift callback: time of 10 measurements in 1,000 steps", BLOCK, (), 0.01, None, "drift", True),
     ],
 }
-COLUMNS = {"cpu": tuple(BATCH), "gpu": tuple(MODELS)}
+COLUMNS = {"cpu": PRECISIONS, "gpu": tuple(MODELS)}
 GROWTH = {  # of a step on a CPU, one key at a time
     "data.row_length": ("512", "1024", "2048"),
     "model.block_size": ("4", "16", "64"),
@@ -94,7 +94,7 @@ def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
         return {key: Request([PAIR], own, ["fair"], turns, growth=(key, values)) for key, values in GROWTH.items()}
     return {
         f"{precision}/{size}": Request(recipes, [*on_cpu(precision, size), *words], ["peers", "fair"], turns)
-        for precision in BATCH
+        for precision in PRECISIONS
         for size, recipes in ((SMALL, [PAIR, BLOCK]), (LARGE, [PAIR]))
     }
 
@@ -103,8 +103,14 @@ def on_cpu(precision: str, size: str) -> list[str]:
     """A Qwen3 of six layers, rows of 512 tokens, blocks of 16."""
     model = shape({"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}, 32, 6, 3)
     data = [f"data.vocab_size={int(size.replace(',', '')) - 1}", "data.row_length=512"]
-    batch = [f"data.batch_size={BATCH[precision]}", "model.block_size=16"]
-    return [*model, *data, *batch, f"trainer.precision={precision}", "trainer.accelerator=cpu"]
+    return [
+        *model,
+        *data,
+        "data.batch_size=2",
+        "model.block_size=16",
+        f"trainer.precision={precision}",
+        "trainer.accelerator=cpu",
+    ]
 
 
 def shape(values: dict[str, int], head: int, heads: int, key_heads: int) -> list[str]:

@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dlm_lightning import bfloat16
 from dlm_lightning.attention import dense
 from dlm_lightning.attention.parts import Part, length, parts
 from dlm_lightning.view import View
@@ -56,10 +55,9 @@ class Plan:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         if softcap is not None:
             return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
-        own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
-        imitated = own == torch.bfloat16 and not bfloat16.in_hardware(v_BGSD.device)
-        inputs = (x.to(torch.float32 if imitated else own) for x in (q_BHSD, k_BGSD, v_BGSD))
-        return _Parted.apply(*inputs, scaling, self.lay_out(window)).to(own)  # type: ignore[attr-defined]
+        wide = torch.promote_types(v_BGSD.dtype, torch.float32)  # in bfloat16 the kernel's backward pass is slower
+        inputs = (x.to(wide) for x in (q_BHSD, k_BGSD, v_BGSD))
+        return _Parted.apply(*inputs, scaling, self.lay_out(window)).to(v_BGSD.dtype)  # type: ignore[attr-defined]
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
@@ -74,7 +72,7 @@ class _Parted(torch.autograd.Function):
     def forward(ctx: Any, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None, parts: list[Part]):
         out_BSHD = torch.empty_like(q_BHSD.transpose(1, 2), memory_format=torch.contiguous_format)
         q, k, v, out = _grouped(q_BHSD, k_BGSD, v_BGSD, out_BSHD.transpose(1, 2))
-        lse = q.new_empty((*q.shape[:-1], 1), dtype=torch.promote_types(q.dtype, torch.float32))
+        lse = q.new_empty((*q.shape[:-1], 1))
         masks = _Masks(q, parts)
         for part in parts:
             q_part, k_part, v_part = _cut(part, part.queries, q), _cut(part, part.keys, k), _cut(part, part.keys, v)
@@ -110,7 +108,7 @@ def _merge(part: Part, out: Tensor, lse: Tensor, its_out: Tensor, its_lse: Tenso
         if part.pieces > 1:
             before, sums = lse[at], torch.logaddexp(lse[at], sums)
             found = out[at] * (before - sums).exp() + found * (its_lse[:, :, :, own] - sums).exp()
-        out[at], lse[at] = found.to(out.dtype), sums
+        out[at], lse[at] = found, sums
 
 
 def _grouped(q_BHSD: Tensor, k_BGSD: Tensor, *others: Tensor) -> list[Tensor]:
