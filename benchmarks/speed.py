@@ -12,14 +12,23 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
+import torch
+
 from dlm_lightning.bench import Request, measure
-from dlm_lightning.bench.record import Contest, Measured
+from dlm_lightning.bench.arms import Step, arms
+from dlm_lightning.bench.record import Contest, Measured, named, surroundings
 from dlm_lightning.bench.show import spread
-from dlm_lightning.bench.timing import Spread
+from dlm_lightning.bench.timing import Spread, take_turns, wait_for
+from dlm_lightning.drift import measure as measure_drift
+from dlm_lightning.plan import prepare
+from dlm_lightning.source import Source
 
 ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "results"
@@ -29,12 +38,13 @@ PRECISIONS = ("32-true", "bf16-mixed")
 QWEN3_06 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 QWEN3_17 = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
 MODELS = {"Qwen3-0.6B": (QWEN3_06, 4), "Qwen3-1.7B": (QWEN3_17, 2)}  # with rows a batch
+DRIFT = "drift callback: 10 measurements in 1,000 steps, % of the time"
 H200 = 989.4  # TFLOP/s in bfloat16, without sparsity
 
 
 @dataclass(frozen=True)
 class Goal:
-    """A figure to reach: one arm over another by `what` of their steps, or of one arm alone.
+    """A figure to reach: one arm over another by `what` of their steps, or of one arm alone, or of the drift callback.
 
     size: of the vocabulary, where it matters. least: a factor to reach; or, with `most`, one not to exceed.
     """
@@ -60,6 +70,7 @@ GOALS = {
         Goal(
             "complementary: our peak memory over the peers'", PAIR, ("ours", "peers"), 0.5, 0.33, "memory", True, LARGE
         ),
+        Goal(DRIFT, BLOCK, (), 1.0, None, "drift", True, size=SMALL),
     ],
     "gpu": [
         Goal("block-causal: dense attention's time (the fair baseline) over ours", BLOCK, ("fair", "ours"), 3.0, 5.0),
@@ -67,7 +78,8 @@ GOALS = {
         Goal("block-causal: our MFU", BLOCK, ("ours",), None, 0.5, "mfu"),
         Goal("complementary: our MFU over the AR step's", PAIR, ("ours", "ar"), 0.85, None, "mfu"),
         Goal("complementary: our MFU", PAIR, ("ours",), None, 0.5, "mfu"),
-        Goal("drift callback: time of 10 measurements in 1,000 steps", BLOCK, (), 0.01, None, "drift", True),
+        Goal(DRIFT, BLOCK, (), 1.0, None, "drift", True),
+        Goal("drift callback: device memory beyond a step's peak, MiB", BLOCK, (), 0.0, None, "drift memory", True),
     ],
 }
 COLUMNS = {"cpu": PRECISIONS, "gpu": tuple(MODELS)}
@@ -99,6 +111,41 @@ def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
     }
 
 
+def drifts(part: str, words: list[str]) -> dict[str, list[str]]:
+    """The overrides of each model whose drift is measured, by column."""
+    if part == "gpu":
+        return {
+            f"{model}/drift": [*shape(values, 128, 16, 8), *on_gpu(batch), *words]
+            for model, (values, batch) in MODELS.items()
+        }
+    return {f"{precision}/drift": [*on_cpu(precision, SMALL), *words] for precision in PRECISIONS if part == "cpu"}
+
+
+def drift(words: list[str], turns: int) -> dict[str, Any]:
+    """Seconds of a step and of a measurement of the drift, in turns; on a GPU also the bytes it needs beyond a step."""
+    step = Step(prepare(BLOCK, words, here=True))
+    network, ours = step.recipe.denoiser.network, arms([])[0]
+    with TemporaryDirectory() as folder:
+        network.save_pretrained(folder)
+        with torch.no_grad():
+            for parameter in network.parameters():
+                parameter += 0.001 * torch.randn_like(parameter)
+        both: dict[str, Callable[[], object]] = {
+            "step": partial(step, ours),
+            "drift": partial(measure_drift, network, Source(folder)),
+        }
+        seconds = take_turns(both, turns, wait=wait_for(step.device))
+        peaks = [_peak(step.device, run) for run in both.values()] if step.device.type == "cuda" else None
+    memory = max(0, peaks[1] - peaks[0]) if peaks else None
+    return {"device": named(step.device), **surroundings(), "seconds": seconds, "memory": memory}
+
+
+def _peak(device: torch.device, run: Callable[[], object]) -> int:
+    torch.cuda.reset_peak_memory_stats(device)
+    run()
+    return torch.cuda.max_memory_allocated(device)
+
+
 def on_cpu(precision: str, size: str) -> list[str]:
     """A Qwen3 of six layers, rows of 512 tokens, blocks of 16."""
     model = shape({"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}, 32, 6, 3)
@@ -128,8 +175,12 @@ def on_gpu(batch: int) -> list[str]:
 
 def reached(goal: Goal, record: dict[str, Any] | None) -> Spread | None:
     """The figure that a record holds of a goal, None if it was not measured."""
-    if record is None or not goal.arms:
+    if record is None:
         return None
+    if goal.what == "drift":
+        return Spread.of([100 * 10 * d / (1000 * s + 10 * d) for s, d in zip(*record["seconds"].values(), strict=True)])
+    if goal.what == "drift memory":
+        return None if record["memory"] is None else Spread.of([record["memory"] / 2**20])
     found = next((contest for contest in record["contests"] if contest["recipe"] == goal.recipe), None)
     if found is None:
         return None
@@ -171,7 +222,8 @@ def table(part: str, records: dict[str, Any]) -> str:
     for goal in GOALS[part]:
         bound = "≤" if goal.most else "≥"
         bounds = [f"{bound} {limit:g}" if limit is not None else "" for limit in (goal.least, goal.stretch)]
-        cells = [verdict(goal, reached(goal, records.get(f"{column}/{goal.size}"))) for column in columns]
+        key = goal.size if goal.arms else "drift"
+        cells = [verdict(goal, reached(goal, records.get(f"{column}/{key}"))) for column in columns]
         lines.append(f"| {' | '.join([goal.title, goal.size or '151,936', *bounds, *cells])} |")
     return "\n".join([*lines, "", where(records)])
 
@@ -217,6 +269,11 @@ def load(out: Path) -> dict[str, Any]:
     return json.loads(path.read_text()) if path.is_file() else {}
 
 
+def plain(request: Request) -> dict[str, Any]:
+    """What is kept of a request."""
+    return measure(request).plain()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=[*PARTS, "tables"])
@@ -228,9 +285,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the folder with speed.md")
     args = parser.parse_intermixed_args()
     if args.part != "tables":
-        asked = requests(args.part, args.turns, args.words)
-        for name, request in ((n, r) for n, r in asked.items() if n.startswith(args.only)):
-            record = measure(request).plain()
+        jobs = {name: partial(plain, request) for name, request in requests(args.part, args.turns, args.words).items()}
+        jobs |= {name: partial(drift, words, args.turns) for name, words in drifts(args.part, args.words).items()}
+        for name, job in ((n, j) for n, j in jobs.items() if n.startswith(args.only)):
+            record = job()
             kept = load(args.out)
             kept.setdefault(args.part, {})[name] = record
             (args.out / "speed.json").write_text(json.dumps(kept, indent=1, ensure_ascii=False) + "\n")

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
-import platform
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,8 @@ from typing import Any
 import torch
 
 from dlm_lightning import checkpoint
+from dlm_lightning.bench.record import named
+from dlm_lightning.bench.timing import take_turns
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
 from dlm_lightning.optimizer import adamw
@@ -74,25 +74,24 @@ def variances(recipe: Recipe, batches: Sequence[Batch], draws: int) -> list[dict
 def seconds(recipe: Recipe, batches: Sequence[Batch], repeats: int) -> dict[str, list[float]]:
     """Of a step, optimizer included, with so many views of a row, and with so many times the rows; interleaved."""
     optimizer = adamw(recipe.denoiser, 0.0, recipe.lr_scale, 0.0, recipe.betas)  # moves nothing
+
+    def step(views: int, batch: Batch) -> None:
+        recipe.views = views
+        recipe.training_step(batch, 0).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
     more = {k: Batch(*(torch.cat(tensors) for tensors in zip(*batches[:k], strict=True))) for k in FACTORS}
-    arms = {f"{k} × views": (k, more[1]) for k in FACTORS} | {f"{k} × rows": (1, more[k]) for k in FACTORS[1:]}
-    taken: dict[str, list[float]] = {arm: [] for arm in arms}
-    for repeat in range(1 + repeats):
-        for arm, (recipe.views, batch) in arms.items():
-            began = time.perf_counter()
-            recipe.training_step(batch, 0).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-            if repeat:  # the first one warms up
-                taken[arm].append(time.perf_counter() - began)
-    return taken
+    arms = {f"{k} × views": partial(step, k, more[1]) for k in FACTORS}
+    arms |= {f"{k} × rows": partial(step, 1, more[k]) for k in FACTORS[1:]}
+    return take_turns(arms, repeats, warm_up=1)
 
 
 def measure(pairs: int, draws: int, repeats: int) -> dict[str, Any]:
     """Everything, as it goes into the JSON."""
     found: dict[str, Any] = {
         "machine": {
-            "device": f"{platform.processor() or platform.machine()} ({os.cpu_count()} cores)",
+            "device": named(torch.device("cpu")),
             "threads": torch.get_num_threads(),
             "torch": torch.__version__,
         },
