@@ -4,7 +4,7 @@ A tile of queries meets the tiles of keys in which it sees something, and tiles 
 What a noisy copy sees of itself lies in blocks on the diagonal. These are parts of their own, so that of all copies of
 a place the same clean context is left to meet; attention over both is merged by log-sum-exp.
 
-Shapes: B rows, b rows that are laid out alike, S tokens of a row, T tiles of it, t small tiles in one. A part has n
+Shapes: B rows, b rows that are laid out alike, S tokens of a row, T tiles of it, t smaller ones in one. A part has n
 pieces, of which each has Q queries and K keys, the first P of them looked at pair by pair.
 """
 
@@ -68,16 +68,25 @@ def length(spans: Sequence[slice]) -> int:
 
 def _blocks(view: View, predicate: Predicate, window: int | None) -> Tensor:
     """The first of BLOCKS outside of which, on the diagonal, a tile sees nothing of itself, else 0; [B, T]."""
-    S = view.ids_BS.shape[1]
+    B, S = view.ids_BS.shape
     whole = S // SIZE
-    block_BT = torch.zeros(len(view.ids_BS), -(-S // SIZE), dtype=torch.long)
+    block_BT = torch.zeros(B, -(-S // SIZE), dtype=torch.long)
+    if not whole:
+        return block_BT
+    own = _cut(view, [slice(0, whole * SIZE)], whole)
     for size in reversed(BLOCKS):
-        t = SIZE // size
-        some_BFF = bounds.tiles(view, size, predicate, window).some_BQT[:, : whole * t, : whole * t]
-        own_BttT = some_BFF.unflatten(2, (whole, t)).unflatten(1, (whole, t)).diagonal(dim1=1, dim2=3)
-        outside_BT = (own_BttT & ~torch.eye(t, dtype=torch.bool)[..., None]).flatten(1, 2).any(1)
-        block_BT[:, :whole].masked_fill_(~outside_BT, size)
+        some_Ntt = bounds.tiles(own, size, predicate, window).some_BQT
+        outside_N = (some_Ntt & ~torch.eye(SIZE // size, dtype=torch.bool)).flatten(1).any(1)
+        block_BT[:, :whole].masked_fill_(~outside_N.view(B, whole), size)
     return block_BT
+
+
+def _cut(view: View, spans: list[slice], pieces: int) -> View:
+    """Spans of a view, in so many pieces that are rows of their own."""
+    at_N = torch.cat([torch.arange(span.start, span.stop) for span in spans])
+    cut = (x_BS[:, at_N].reshape(len(x_BS) * pieces, -1) for x_BS in view.coordinates)
+    ids, position, rank, order, copy, document = cut
+    return View(ids, position, rank, order, copy, document)
 
 
 class _Seen(NamedTuple):
@@ -91,17 +100,11 @@ class _Seen(NamedTuple):
         """The mask [b or 1, n, Q, P] of queries and keys, None if there are none."""
         if not keys:
             return None
-        q, k = (self._cut(spans, pieces) for spans in (queries, keys))
+        q, k = (_cut(self.view, spans, pieces) for spans in (queries, keys))
         seen_bnQP = attention_mask(q, self.predicate, k, self.window).unflatten(0, (-1, pieces))
         if torch.equal(seen_bnQP, seen_bnQP[:1].expand_as(seen_bnQP)):
             seen_bnQP = seen_bnQP[:1]
         return torch.zeros(seen_bnQP.shape).masked_fill_(~seen_bnQP, HIDDEN)
-
-    def _cut(self, spans: list[slice], pieces: int) -> View:
-        at_N = torch.cat([torch.arange(span.start, span.stop) for span in spans])
-        cut = (x_bS[:, at_N].reshape(len(x_bS) * pieces, -1) for x_bS in self.view.coordinates)
-        ids, position, rank, order, copy, document = cut
-        return View(ids, position, rank, order, copy, document)
 
 
 def _of_layout(see: _Seen, relation_TT: list[list[int]], block_T: list[int]) -> list[Part]:

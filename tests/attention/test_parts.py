@@ -60,6 +60,12 @@ def test_each_query_meets_all_that_it_sees_and_each_key_once(make_batch, pattern
     assert torch.equal(seen_BSS, attention_mask(view, sees, None, window))
 
 
+def test_rows_shorter_than_a_tile_are_one_part(make_batch):
+    view = view_of(make_batch, Pattern(4, "clean"), [[12], [5, 7]], length=12)
+    [part] = parts(view, sees)
+    assert (part.queries, part.keys, part.pieces) == ([slice(0, 36)], [slice(0, 36)], 1)
+
+
 @pytest.mark.parametrize("size, piece", [(1, 32), (16, 32), (32, 32), (64, 64), (100, None), (128, None)])
 def test_noisy_blocks_are_apart_in_the_smallest_pieces_that_hold_them(make_batch, size, piece):
     """384 tokens are three tiles a copy, of which the clean one's blocks see what is before them."""
