@@ -112,3 +112,17 @@ def test_growth_is_a_row_for_each_value(speed, record):
     assert {key: request.growth for key, request in requests.items()} == {
         key: (key, v) for key, v in speed.GROWTH.items()
     }
+
+
+def test_the_drift_callbacks_share_is_that_of_ten_measurements_in_a_thousand_steps(speed, tmp_path, monkeypatch):
+    """20 s of measurements beside 1,000 s of steps; and a real, small model is measured against its own source."""
+    goal, memory = (next(g for g in speed.GOALS["gpu"] if g.what == what) for what in ("drift", "drift memory"))
+    record = {"seconds": {"step": [1.0], "drift": [2.0]}, "memory": 3 * 2**20}
+    assert speed.reached(goal, record).median == pytest.approx(100 * 20 / 1020)
+    assert speed.reached(memory, record).median == 3
+    monkeypatch.chdir(tmp_path)
+    model = speed.shape({"hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 1}, 8, 4, 2)
+    words = [*model, "data.vocab_size=64", "data.row_length=32", "data.batch_size=1", "trainer.accelerator=cpu"]
+    found = speed.drift([*words, "model.block_size=4"], 2)
+    assert {name: len(seconds) for name, seconds in found["seconds"].items()} == {"step": 2, "drift": 2}
+    assert found["memory"] is None and found["device"] and found["threads"]
