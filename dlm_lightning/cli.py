@@ -99,6 +99,11 @@ def _dispatch(argv: list[str]) -> int:
     consolidate = commands.add_parser("consolidate", help="a run's newest checkpoint as a Hugging Face folder")
     consolidate.add_argument("run", metavar="RUN", help="a run folder")
     consolidate.add_argument("--out", metavar="DIR", help="a new folder; default RUN/model")
+    drift = commands.add_parser("drift", help="how far the weights of one checkpoint are from those of another")
+    places = "a hub id, a Hugging Face folder, a run, or one of its checkpoints"
+    drift.add_argument("before", metavar="A", help=places)
+    drift.add_argument("after", metavar="B", help="what has moved; any of these, too")
+    drift.add_argument("--out", metavar="DIR", help="a new folder for drift.parquet and drift.png")
     probe = commands.add_parser("probe", help="whether a source converts, and what it is, before anything is trained")
     probe.add_argument("source", metavar="SOURCE", help="a hub id, a local folder, or a run folder")
     probe.add_argument(
@@ -133,6 +138,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning.consolidate import consolidate as gather
 
         print(gather(args.run, args.out))
+        return 0
+    if args.command == "drift":
+        from dlm_lightning.drift_between import drift as measure
+
+        measure(args.before, args.after, args.out)
         return 0
     if args.command == "show":
         from dlm_lightning.picture import show as draw

@@ -11,7 +11,7 @@ import math
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from dlm_lightning import lora, shards
-from dlm_lightning.source import Source
 
 METRICS = ("mean_abs", "rel_fro", "cosine", "w1", "stable_rank")
 GROUPS = {
@@ -32,6 +31,22 @@ POWERS = 20  # products with ΔWᵀΔW per spectral norm
 SLICE = 1 << 20  # numbers of the source in memory at a time
 
 AllReduce = Callable[[Tensor, dist.ReduceOp.RedOpType], Tensor]
+
+
+class Weights(Protocol):
+    """Named tensors, of which rows are read as they are needed: those of a `Source`, or of a checkpoint."""
+
+    @property
+    def names(self) -> Iterable[str]:
+        """All names."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows start:stop of a tensor."""
+
+    def rows(self, name: str) -> int:
+        """The length of a tensor's first dimension."""
 
 
 class Row(NamedTuple):
@@ -71,7 +86,7 @@ class Drift:
         return pool([self])
 
 
-def measure(network: nn.Module, source: Source) -> list[Drift]:
+def measure(network: nn.Module, source: Weights) -> list[Drift]:
     """The drift of each parameter that the source has under the same name; all ranks call it together under FSDP2.
 
     Rows that the source lacks (an added mask token) are left out; tied weights are one parameter, the embedding. What
@@ -79,6 +94,20 @@ def measure(network: nn.Module, source: Source) -> list[Drift]:
     """
     known = ((name, parameter) for name, parameter in lora.named_parameters(network) if name in source)
     return [_drift(name, parameter, lora.update(network, name), source) for name, parameter in known]
+
+
+def between(before: Weights, after: Weights) -> list[Drift]:
+    """The drift of each tensor that both have under the same name; ValueError if their rows have different shapes."""
+    drifts = []
+    for name in (name for name in after.names if name in before):
+        now, one = after.read(name), before.read(name, 0, 1)
+        if now.shape[1:] != one.shape[1:]:
+            raise ValueError(
+                f"{name} has rows of {list(one.shape[1:])} in one and of {list(now.shape[1:])} in the other, "
+                "so they are not checkpoints of one model"
+            )
+        drifts.append(_drift(name, now, None, before))
+    return drifts
 
 
 def place(name: str) -> tuple[int | None, str]:
@@ -131,7 +160,7 @@ def rows(drifts: Iterable[Drift]) -> list[Row]:
 
 
 @torch.no_grad()
-def _drift(name: str, parameter: Tensor, update: lora.Update | None, source: Source) -> Drift:
+def _drift(name: str, parameter: Tensor, update: lora.Update | None, source: Weights) -> Drift:
     local, start = shards.local(parameter)
     all_reduce = _sum_over_holders(parameter)
     if update is not None:

@@ -133,6 +133,11 @@ class Source:
                     digest.update(file.read(1 << 16))
         return digest.hexdigest()[:16]
 
+    @property
+    def names(self) -> list[str]:
+        """The names of all tensors."""
+        return [*self._file_of]
+
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
 

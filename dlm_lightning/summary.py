@@ -16,7 +16,7 @@ from dlm_lightning.decode.decoder import decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.reuse import exact
 from dlm_lightning.decode.stopper import Stopper
-from dlm_lightning.drift import METRICS
+from dlm_lightning.drift_between import drift_table
 from dlm_lightning.module import Recipe
 from dlm_lightning.source import SAVED_MODEL
 from dlm_lightning.training import quiet, restore
@@ -63,10 +63,7 @@ def likelihood(run: Path, steps: int) -> Table:
 def drift(path: Path) -> Table:
     """Weight drift from the AR source per module group, at the last measured step."""
     step, groups = last(path)
-    table = Table("module group", *METRICS, title=f"weight drift from the AR source, step {step}", title_justify="left")
-    for group, values in groups.items():
-        table.add_row(group, *(f"{values[name]:.3g}" if name in values else "" for name in METRICS))
-    return table
+    return drift_table(groups, f"weight drift from the AR source, step {step}")
 
 
 def filling(recipe: Recipe) -> Text:

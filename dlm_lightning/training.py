@@ -223,11 +223,14 @@ def validate(folder: str) -> Path:
     return run
 
 
-def restore(folder: str, *overrides: str) -> tuple[Path, Recipe, int]:
-    """A run folder, its network on the CPU with the weights of the newest complete checkpoint, and its step."""
+def restore(folder: str, *overrides: str, path: Path | None = None) -> tuple[Path, Recipe, int]:
+    """A run folder, its network on the CPU with the weights of a checkpoint, and its step.
+
+    The checkpoint is at `path`, or the newest complete one.
+    """
     run, cli = reopen(folder, *WITHOUT_DEVICES, *overrides)
     recipe: Recipe = cli.model
-    path = checkpoint.newest(run)
+    path = path or checkpoint.newest(run)
     if path is None:
         raise FileNotFoundError(f"{folder} has no complete checkpoint to take weights from")
     if recipe.source is None:
