@@ -40,7 +40,7 @@ def write(recipe: Recipe, weights: dict[str, Any], folder: Path, writes: bool = 
         return
     beside = folder.with_name(f".{folder.name}.partial")
     shutil.rmtree(beside, ignore_errors=True)
-    network.save_pretrained(beside, state_dict=kept)
+    network.save_pretrained(beside, state_dict=kept, max_shard_size="5GB")
     recipe.tokenizer.save_pretrained(beside)
     for path in beside.iterdir():  # safetensors makes files that nobody else can read
         path.chmod((beside / "config.json").stat().st_mode)

@@ -99,6 +99,10 @@ def _dispatch(argv: list[str]) -> int:
     consolidate = commands.add_parser("consolidate", help="a run's newest checkpoint as a Hugging Face folder")
     consolidate.add_argument("run", metavar="RUN", help="a run folder")
     consolidate.add_argument("--out", metavar="DIR", help="a new folder; default RUN/model")
+    export = commands.add_parser("export", help="a run's newest weights as a folder for other tools")
+    export.add_argument("run", metavar="RUN", help="a run folder")
+    export.add_argument("out", metavar="OUT", help="a new folder")
+    export.add_argument("--as", dest="form", choices=["ar"], required=True, help="ar: a plain causal model")
     drift = commands.add_parser("drift", help="how far the weights of one checkpoint are from those of another")
     places = "a hub id, a Hugging Face folder, a run, or one of its checkpoints"
     drift.add_argument("before", metavar="A", help=places)
@@ -138,6 +142,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning.consolidate import consolidate as gather
 
         print(gather(args.run, args.out))
+        return 0
+    if args.command == "export":
+        from dlm_lightning.export import as_causal
+
+        print(as_causal(args.run, args.out))
         return 0
     if args.command == "drift":
         from dlm_lightning.drift_between import drift as measure

@@ -28,7 +28,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"training"}),
     (4, {"allocator", "drift_between"}),
     (4, {"rehearsal"}),
-    (4, {"picture", "summary", "plan", "probe", "consolidate", "replay", "generate", "tasks"}),
+    (4, {"picture", "summary", "plan", "probe", "consolidate", "export", "replay", "generate", "tasks"}),
     (4, {"evaluation", "harness", "bench"}),
     (4, {"report"}),
     (4, {"comparison"}),
