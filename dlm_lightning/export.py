@@ -15,7 +15,8 @@ def as_causal(run: str, out: str) -> Path:
     """Write a run's weights as the plain causal model that its source was, and return the folder, which must be new.
 
     Nothing of the diffusion model is left but its weights: no row that was added for the mask token, whose logit AR
-    tools would take for a token's, and no word of how it was trained. On the CPU, in the run's precision, adapters merged.
+    tools would take for a token's, and no word of how it was trained. On the CPU, in the run's own precision, adapters
+    merged.
     """
     quiet()
     target = Path(out).expanduser()
