@@ -55,9 +55,7 @@ class Plan:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         if softcap is not None:
             return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
-        wide = torch.promote_types(v_BGSD.dtype, torch.float32)  # in bfloat16 the kernel's backward pass is slower
-        inputs = (x.to(wide) for x in (q_BHSD, k_BGSD, v_BGSD))
-        return _Parted.apply(*inputs, scaling, self.lay_out(window)).to(v_BGSD.dtype)  # type: ignore[attr-defined]
+        return _Parted.apply(q_BHSD, k_BGSD, v_BGSD, scaling, self.lay_out(window))  # type: ignore[return-value]
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
@@ -66,18 +64,23 @@ def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
 
 
 class _Parted(torch.autograd.Function):
-    """Attention [B, S, H, D], of which nothing but inputs, output and log-sum-exp is kept for the backward pass."""
+    """Attention [B, S, H, D], of which nothing but inputs, output and log-sum-exp is kept for the backward pass.
+
+    It is computed in float32 at least: in bfloat16 the kernel's backward pass takes longer.
+    """
 
     @staticmethod
     def forward(ctx: Any, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None, parts: list[Part]):
-        out_BSHD = torch.empty_like(q_BHSD.transpose(1, 2), memory_format=torch.contiguous_format)
-        q, k, v, out = _grouped(q_BHSD, k_BGSD, v_BGSD, out_BSHD.transpose(1, 2))
+        wide = torch.promote_types(v_BGSD.dtype, torch.float32)
+        out_BSHD = q_BHSD.new_empty(q_BHSD.transpose(1, 2).shape, dtype=wide)
+        q, k, v, out = _grouped(wide, q_BHSD, k_BGSD, v_BGSD, out_BSHD.transpose(1, 2))
         lse = q.new_empty((*q.shape[:-1], 1))
         masks = _Masks(q, parts)
         for part in parts:
             q_part, k_part, v_part = _cut(part, part.queries, q), _cut(part, part.keys, k), _cut(part, part.keys, v)
             found, sums = _attend(q_part, k_part, v_part, 0.0, False, attn_mask=masks(part), scale=scaling)
             _merge(part, out, lse, *(_joined(part, x, q.shape[2]) for x in (found, sums[..., None])))
+        out_BSHD = out_BSHD.to(v_BGSD.dtype)  # under autocast, rotary positions leave queries and keys in float32
         ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSD, out_BSHD, lse)
         ctx.scaling, ctx.parts = scaling, parts
         return out_BSHD
@@ -85,7 +88,8 @@ class _Parted(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         *qkv, out_BSHD, lse = ctx.saved_tensors
-        *qkv, out, grad = _grouped(*qkv, out_BSHD.transpose(1, 2), grad_outputs[0].transpose(1, 2))
+        dtypes = [x.dtype for x in qkv]
+        *qkv, out, grad = _grouped(lse.dtype, *qkv, out_BSHD.transpose(1, 2), grad_outputs[0].transpose(1, 2))
         totals, masks = [torch.zeros_like(x) for x in qkv], _Masks(qkv[0], ctx.parts)
         for part in ctx.parts:
             spans = (part.queries, part.keys, part.keys)
@@ -97,7 +101,7 @@ class _Parted(torch.autograd.Function):
                 x = _joined(part, x, total.shape[2])
                 for span, own in _beside(where):
                     total[part.rows, :, :, span] += x[:, :, :, own]
-        return *(total.flatten(1, 2) for total in totals), None, None
+        return *(x.flatten(1, 2).to(dtype) for x, dtype in zip(totals, dtypes, strict=True)), None, None
 
 
 def _merge(part: Part, out: Tensor, lse: Tensor, its_out: Tensor, its_lse: Tensor) -> None:
@@ -111,9 +115,9 @@ def _merge(part: Part, out: Tensor, lse: Tensor, its_out: Tensor, its_lse: Tenso
         out[at], lse[at] = found, sums
 
 
-def _grouped(q_BHSD: Tensor, k_BGSD: Tensor, *others: Tensor) -> list[Tensor]:
+def _grouped(dtype: torch.dtype, q_BHSD: Tensor, k_BGSD: Tensor, *others: Tensor) -> list[Tensor]:
     """All as [B, G, h, S, D]; of keys and values h is 1."""
-    return [x.unflatten(1, (k_BGSD.shape[1], -1)) for x in (q_BHSD, k_BGSD, *others)]
+    return [x.to(dtype).unflatten(1, (k_BGSD.shape[1], -1)) for x in (q_BHSD, k_BGSD, *others)]
 
 
 def _cut(part: Part, spans: list[slice], x_BGhSD: Tensor) -> Tensor:
