@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor import config as inductor
 
 from dlm_lightning.compilation import check_compiler
 
@@ -40,8 +41,8 @@ def test_each_layer_is_compiled_where_the_recipe_says_so(typed, small, tmp_path,
 
 def test_without_a_compiler_nothing_is_trained(refused, small, tmp_path, monkeypatch):
     monkeypatch.setenv("CXX", "/nowhere/c++")
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", (None, "/nowhere/c++"))
-    said = refused("fit", "block_causal", *small(model__compile=True), "--run", "mine", cwd=tmp_path)
+    with inductor.patch({"cpp.cxx": (None, "/nowhere/c++")}):
+        said = refused("fit", "block_causal", *small(model__compile=True), "--run", "mine", cwd=tmp_path)
     assert said == "model.compile: to compile for a CPU needs a C++ compiler, as $CXX or g++, and none works here"
 
 

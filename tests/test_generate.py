@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from torch._inductor import config as inductor
 
 from dlm_lightning.catalog import plans
 from dlm_lightning.checkpoint import agree
@@ -142,9 +143,9 @@ def test_the_documents_example_runs(finished, capsys):
     assert len(new_ids) <= 7 and float(per_forward) > 0
 
 
-def test_without_a_compiler_compile_is_refused(finished, refused, tmp_path, monkeypatch):
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, "/nowhere"))
-    said = refused("generate", "done", "--prompt", "the quick", "--compile", SHORT, cwd=tmp_path)
+def test_without_a_compiler_compile_is_refused(finished, refused, tmp_path):
+    with inductor.patch({"cpp.cxx": (None, "/nowhere")}):
+        said = refused("generate", "done", "--prompt", "the quick", "--compile", SHORT, cwd=tmp_path)
     assert "--compile: torch.compile cannot compile this network here: InvalidCxxCompiler" in said
 
 
