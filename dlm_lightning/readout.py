@@ -78,7 +78,7 @@ class _WeightedNll(torch.autograd.Function):
             nll_n, slope_nV, scale_n1 = _slope(raw_nV.detach().index_fill_(1, banned_X, -torch.inf), target_n)
             scale_n1 = scale_n1 * weight_n[:, None]
             if weight_VD is not None:
-                with flops.gradient():
+                with flops.gradient(), torch.autocast(hidden_ND.device.type, enabled=False):
                     grad_nD = slope_nV @ weight_VD * scale_n1
                     for total in grads:
                         total.addmm_(slope_nV.t(), hidden_nD.float() * scale_n1)

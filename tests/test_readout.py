@@ -122,6 +122,18 @@ def test_under_autocast(make_batch, make_denoiser, monkeypatch, hardware):
         assert (a - b).norm() <= 2e-2 * b.norm()
 
 
+def test_where_bfloat16_is_imitated_autocast_changes_nothing(make_denoiser, monkeypatch):
+    monkeypatch.setattr(bfloat16, "in_hardware", lambda _device: False)
+    network = make_denoiser(tied=False).network
+    hidden_ND, target_N = torch.randn(9, 32, requires_grad=True), torch.arange(9)
+    found = []
+    for autocast in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss, _ = readout.weighted_nll(network, hidden_ND, target_N, torch.full((9,), 0.3), target_N[:0])
+        found.append([loss, *torch.autograd.grad(loss, [hidden_ND, network.get_output_embeddings().weight])])
+    assert all(torch.equal(*pair) for pair in zip(*found, strict=True))
+
+
 def layers_of(denoiser):
     return denoiser.network.base_model.layers
 
