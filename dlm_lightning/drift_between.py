@@ -12,8 +12,8 @@ from rich.table import Table
 from torch import Tensor
 
 from dlm_lightning import checkpoint, lora, manifest
+from dlm_lightning.callbacks.weight_drift import COLUMNS, TABLE, picture
 from dlm_lightning.callbacks.weight_drift import SCHEMA as IN_A_RUN
-from dlm_lightning.callbacks.weight_drift import TABLE, picture
 from dlm_lightning.drift import METRICS, Weights, between, by_group, pool, rows
 from dlm_lightning.runs import CONFIG
 from dlm_lightning.source import SAVED_MODEL, Source
@@ -60,7 +60,9 @@ def drift(before: str, after: str, out: str | None = None) -> None:
     if not drifts:
         raise ValueError(f"{before} and {after} have no weights of the same name")
     console = Console(highlight=False)
-    console.print(drift_table(by_group(drifts) | {"all": pool(drifts)}, f"weight drift of {after} from {before}"))
+    groups = by_group(drifts)
+    groups = {group: groups[group] for group in ("embedding", *COLUMNS, "head") if group in groups}
+    console.print(drift_table(groups | {"all": pool(drifts)}, f"weight drift of {after} from {before}"))
     if alone := sorted(set(old.names) ^ set(new.names)):
         console.print(f"left out: {len(alone)} that only one of them has, {alone[0]} the first")
     if folder:

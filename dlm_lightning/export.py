@@ -20,6 +20,8 @@ def as_causal(run: str, out: str) -> Path:
     """
     quiet()
     target = Path(out).expanduser()
+    if not out.strip():
+        raise ValueError("OUT needs the name of a new folder")
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
         raise FileExistsError(f"{out} is there already; name a new folder")
     folder, _ = runs.open_run(run)

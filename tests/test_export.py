@@ -51,6 +51,7 @@ def test_a_folder_that_holds_something_is_left_alone(finished, typed, tmp_path):
     for words, code, says in (
         (("done", "out", "--as", "ar"), 1, "out is there already"),
         (("nowhere", "new", "--as", "ar"), 1, "not a run folder"),
+        (("done", " ", "--as", "ar"), 1, "OUT needs the name of a new folder"),
         (("done", "new", "--as", "onnx"), 2, "invalid choice"),
     ):
         said = typed("export", *words, cwd=tmp_path)
