@@ -107,7 +107,8 @@ class Conversion(L.LightningModule):
         """How this recipe trains its model, for the model's config to state; None for an autoregressive one."""
         if self.pattern == AUTOREGRESSIVE:
             return None
-        return Diffusion(self.shift, self.pattern.block_size, self.mask_id)
+        pattern = self.pattern
+        return Diffusion(self.shift, pattern.block_size, self.mask_id, pattern.context, pattern.context_rank)
 
     @property
     def _trained(self) -> Diffusion | None:

@@ -7,7 +7,7 @@ transformers knows, and what their code adds (mask, shift, blocks) is what this 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +20,15 @@ KEY = "dlm"  # of a config.json that this project wrote: how the model was train
 class Diffusion:
     """How a diffusion model was trained, as far as its folder states it; None is not stated.
 
-    shift: `next_token` or `none`. block_size: tokens per block. mask_id: the row of the mask token.
+    shift: `next_token` or `none`. block_size: tokens per block. mask_id: the row of the mask token. context,
+    context_rank: what earlier blocks show, and in which order; see `view.Pattern`.
     """
 
     shift: str | None = None
     block_size: int | None = None
     mask_id: int | None = None
+    context: str | None = None
+    context_rank: str | None = None
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,7 @@ def stated(folder: Path) -> Diffusion | None:
         for name in ("shift", "block_size", "mask_id"):
             if name not in own:
                 raise ValueError(f"model.source: {folder / 'config.json'} states a diffusion model without its {name}")
-        return Diffusion(own["shift"], own["block_size"], own["mask_id"])
+        return Diffusion(**{field.name: own.get(field.name) for field in fields(Diffusion)})
     if layout := LAYOUTS.get(values.get("model_type", "")):
         block_size = values.get(layout.block_size_key) if layout.block_size_key else None
         return Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id))

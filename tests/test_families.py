@@ -90,6 +90,7 @@ def test_a_family_converts(family, recipe, source_folder, corpus, typed, tmp_pat
     with torch.no_grad():
         expected = network(ids_L[None], use_cache=False).logits[0, :-1, :300]
     assert torch.allclose(causal_logits(run, ids_L), expected, atol=2e-5)
-    stated = Diffusion(RECIPES[recipe], None if recipe == "full_bidirectional" else 16, 300)
+    pattern = (None, "noisy") if recipe == "full_bidirectional" else (16, "clean")
+    stated = Diffusion(RECIPES[recipe], pattern[0], 300, pattern[1], "block")
     assert Source(str(run)).diffusion == stated
     assert "dlm" not in json.loads((source.folder / "config.json").read_text())
