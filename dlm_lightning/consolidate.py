@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
 
 from dlm_lightning import runs
 from dlm_lightning.callbacks import save_pretrained
+from dlm_lightning.module import Recipe
 from dlm_lightning.source import SAVED_MODEL
 from dlm_lightning.training import quiet, restore
 
 
 def consolidate(folder: str, out: str | None = None) -> Path:
-    """Write `<run>/model`, or another new folder, on the CPU and in the run's own precision; returns the folder.
+    """Write `<run>/model`, or another new folder, and return the folder."""
+    target = Path(out).expanduser() if out else Path(folder).expanduser() / SAVED_MODEL
+    return write(folder, target, "name a new folder by --out DIR")
 
-    Shards are read tensor by tensor into the one network that is then written.
+
+def write(run: str, target: Path, otherwise: str, change: Callable[[Recipe], None] = lambda _: None) -> Path:
+    """Write a run's newest weights to a new folder, on the CPU and in the run's own precision, and return the folder.
+
+    Shards are read tensor by tensor into the one network that is then written, as `change` leaves it. `otherwise` says
+    what to do where the folder is there already.
     """
     quiet()
-    target = Path(out).expanduser() if out else Path(folder).expanduser() / SAVED_MODEL
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise FileExistsError(f"{target} is there already; name a new folder by --out DIR")
-    run, _ = runs.open_run(folder)
-    precision = yaml.safe_load((run / runs.CONFIG).read_text())["trainer"]["precision"]
-    _, recipe, _ = restore(folder, f"--trainer.precision={precision}")
-    network = recipe.denoiser.network
-    save_pretrained.write(recipe, dict(network.state_dict()), target)
+        raise FileExistsError(f"{target} is there already; {otherwise}")
+    folder, _ = runs.open_run(run)
+    precision = yaml.safe_load((folder / runs.CONFIG).read_text())["trainer"]["precision"]
+    _, recipe, _ = restore(run, f"--trainer.precision={precision}")
+    change(recipe)
+    save_pretrained.write(recipe, dict(recipe.denoiser.network.state_dict()), target)
     return target
