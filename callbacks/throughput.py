@@ -13,6 +13,7 @@ from lightning.fabric.utilities.throughput import get_available_flops
 
 from dlm_lightning.flops import FlopCounter, needed
 from dlm_lightning.module import Recipe
+from dlm_lightning.transfer import Fetched
 
 KINDS = ("data", "scored", "forward")
 
@@ -27,20 +28,22 @@ class Throughput(L.Callback):
     not count. The FLOPs are those of the first micro-batch.
     speed/peak_memory_gib: the most that this rank has held so far, of its GPU, or else of its process.
 
-    The clock stands still from a validation or a checkpoint to the next batch.
+    The clock stands still from a validation or a checkpoint to the next batch. Numbers are logged where they are, on
+    the device or on the host, so that nothing waits; the progress bar has those of the step before.
     """
 
     def __init__(self) -> None:
-        self._tokens = dict.fromkeys(KINDS, 0.0)
+        self._tokens: dict[str, Any] = dict.fromkeys(KINDS, 0.0)
         self._steps = self._step = 0
         self._seconds = 0.0
         self._since: float | None = None
+        self._before: Fetched | None = None  # for the progress bar, of the last step
         self._peak: int | None = None
         self._flops = 0.0  # of a micro-batch, 0 before the first
 
     def on_train_start(self, trainer: L.Trainer, recipe: Recipe) -> None:
         self._clear(trainer.global_step)
-        self._since, self._flops = None, 0.0
+        self._since, self._before, self._flops = None, None, 0.0
         precision = trainer.precision
         dtype = torch.float32 if precision in ("32-true", "64-true") else torch.bfloat16
         self._peak = get_available_flops(trainer.strategy.root_device, dtype)
@@ -57,16 +60,19 @@ class Throughput(L.Callback):
         self._step = trainer.global_step
         self._steps += 1
         for kind in KINDS:
-            self._tokens[kind] += getattr(recipe.tally, kind)
+            self._tokens[kind] = self._tokens[kind] + getattr(recipe.tally, kind)
         self._stop()
         self._since = time.perf_counter()
         for kind in KINDS:
             recipe.log(f"speed/{kind}_tokens_per_second", self._tokens[kind] / self._seconds)
-        recipe.log("tokens/s", self._tokens["data"] / self._seconds, prog_bar=True, logger=False)  # a bar is narrow
+        if self._before is not None:  # a bar is drawn after every step, and narrow
+            recipe.log("tokens/s", self._before.read(), prog_bar=True, logger=False)
+        self._before = Fetched(self._tokens["data"] / self._seconds)
         if self._peak:
             flops = self._flops * self._steps * trainer.accumulate_grad_batches
-            recipe.log("speed/mfu", flops / self._seconds / self._peak)  # of one rank: all do the same
-        recipe.log("speed/peak_memory_gib", peak_memory(trainer.strategy.root_device) / 2**30)
+            mfu = flops / self._seconds / self._peak  # of one rank: all do the same
+            recipe.log("speed/mfu", torch.tensor(mfu))
+        recipe.log("speed/peak_memory_gib", torch.tensor(peak_memory(trainer.strategy.root_device) / 2**30))
         if trainer.log_every_n_steps and self._step % trainer.log_every_n_steps == 0:
             self._clear(self._step)
 

@@ -74,13 +74,14 @@ def write(trainer: L.Trainer, run: Path, keep: int) -> Path:
 
 def _save(trainer: L.Trainer, folder: Path) -> None:
     """Write a complete checkpoint, in a folder that nobody takes for one."""
+    with _together(trainer):  # first: a recipe may refuse
+        content: Any = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
+        facts, step = content[FACTS], content["global_step"]
     with _together(trainer):
         if trainer.is_global_zero:
             _clear(folder.parent)
             folder.mkdir(parents=True)
     with _together(trainer):
-        content: Any = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)
-        facts, step = content[FACTS], content["global_step"]
         trainer.strategy.save_checkpoint(content, folder / STATE)
     files: list[manifest.Files] = [{}] * trainer.world_size
     with _together(trainer):

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from dlm_lightning.likelihood import redrawn
-from dlm_lightning.loss import score
 from dlm_lightning.module import Recipe
 from dlm_lightning.view import Batch
 
@@ -53,9 +52,7 @@ def gradient_noise(recipe: Recipe, batches: Sequence[Batch], draws: int = 4, see
 
 
 def _gradients(recipe: Recipe, batch: Batch, parameters: list[torch.nn.Parameter]) -> list[Tensor]:
-    copies = recipe.noisy(batch, recipe.pattern)
-    view = recipe.show(batch, copies, recipe.pattern)
-    scored = score(batch, view, copies, recipe.ar_weight)
+    _, view, scored = recipe.shown(batch, recipe.pattern)
     loss = recipe.denoiser(view, *scored)[0] / batch.maskable_BL.sum().clamp(min=1)
     found = torch.autograd.grad(loss, parameters, allow_unused=True)
     return [torch.zeros_like(p) if g is None else g.float() for p, g in zip(parameters, found, strict=True)]

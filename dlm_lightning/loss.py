@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from dlm_lightning.noise import Masked
+from dlm_lightning.transfer import send
 from dlm_lightning.view import Batch, View
 
 
@@ -21,6 +22,10 @@ class Scored(NamedTuple):
     index_N: Tensor
     target_N: Tensor
     weight_N: Tensor
+
+    def to(self, device: torch.device) -> Scored:
+        """The same terms on a device."""
+        return Scored(*(send(tensor, device) for tensor in self))
 
 
 def score(batch: Batch, view: View, copies: Sequence[Masked], ar_weight: float = 0.0) -> Scored:

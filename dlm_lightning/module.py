@@ -16,15 +16,16 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention, nonfinite
+from dlm_lightning import attention, nonfinite, shards
 from dlm_lightning.checkpoint import FACTS, agree, rewind
 from dlm_lightning.compilation import compile_layers
 from dlm_lightning.conversion import Conversion
-from dlm_lightning.loss import score, weighted_sum
+from dlm_lightning.loss import Scored, score, weighted_sum
 from dlm_lightning.noise import NELBO, Masked, Noise, turned
+from dlm_lightning.nonfinite import Numbers
 from dlm_lightning.optimizer import LrScale, adamw, check_rates
 from dlm_lightning.sight import check_readout, check_sight
-from dlm_lightning.tally import Tally, count, total_norm
+from dlm_lightning.tally import Tally, count, norms, over_ranks
 from dlm_lightning.view import AUTOREGRESSIVE, Batch, Pattern, View, groups
 
 log = logging.getLogger(__name__)
@@ -46,8 +47,8 @@ class Recipe(Conversion):
         weight_decay: AdamW's, on matrices only.
         betas: AdamW's.
         lr_scale: factors of `lr` for the mask token's row and for the embedding.
-        nonfinite: what to do with a step whose loss or gradient is not finite: `stop` the run before it is made, or
-            `skip` it, so that weights and optimizer stay as they are and the schedule goes on.
+        nonfinite: what to do with a step whose loss or gradient is not finite, which changes neither weights nor
+            optimizer: `stop` the run before the next one is made, or `skip` it, and the schedule goes on.
         **options: see `Conversion`.
     """
 
@@ -93,7 +94,9 @@ class Recipe(Conversion):
         self.weight_decay, self.betas, self.lr_scale = weight_decay, betas, lr_scale
         self.nonfinite = nonfinite
         self.metrics: Any = torch.nn.ModuleDict({name: MeanMetric() for name in ("nelbo", "masked_ce", "ar_nll")})
-        self._tally: Tensor | None = None
+        self._tally: Any = None  # of the micro-batches so far
+        self._given: Numbers | None = None  # by the last step
+        self._looked_at: dict[str, float] = {}  # of the step before
 
     # What a recipe decides
 
@@ -128,6 +131,12 @@ class Recipe(Conversion):
             copies += self.corrupt(batch._replace(u_BL=u_BL, t_BL=t_BL), pattern)
         return [Masked(mask_BL, weight_BL / self.views) for mask_BL, weight_BL in copies]
 
+    def shown(self, batch: Batch, pattern: Pattern) -> tuple[list[Masked], View, Scored]:
+        """What a step shows of a batch: the mask of each noisy copy, their view, and its scored tokens."""
+        copies = self.noisy(batch, pattern)
+        view = self.show(batch, copies, pattern)
+        return copies, view, score(batch, view, copies, self.ar_weight)
+
     def show(self, batch: Batch, copies: Sequence[Masked], pattern: Pattern) -> View:
         """The view of a batch under one mask per noisy copy."""
         masks = [mask_BL for mask_BL, _ in copies]
@@ -145,15 +154,20 @@ class Recipe(Conversion):
         row = Batch(token_11, token_11, token_11, token_11.bool(), half_11, half_11, token_11[0])
         return self.show(row, self.noisy(row, self.pattern), self.pattern)
 
+    def transfer_batch_to_device(self, batch: Batch, device: torch.device, dataloader_idx: int) -> Batch:
+        """Leave a batch that is trained on where it is, on the host: how many of its tokens are scored is known there.
+
+        From a GPU that would have to be asked, and everything would wait for the answer.
+        """
+        return batch if self.trainer.training else super().transfer_batch_to_device(batch, device, dataloader_idx)
+
     def training_step(self, batch: Batch, _: int) -> Tensor:
         # 1. the batch brings raw uniforms, a pure function of (seed, sample, epoch, view)
         # 2. the recipe turns them into a view: what is masked, and who sees whom
         pattern = self.train_pattern
-        copies = self.noisy(batch, pattern)
-        view = self.show(batch, copies, pattern)
-        # 3. −log p [N] at the positions that are scored, and their weighted sum
-        scored = score(batch, view, copies, self.ar_weight)
-        loss, nll_N = self.denoiser(view, *scored)
+        copies, view, scored = self.shown(batch, pattern)
+        # 3. −log p [N] at the positions that are scored, and their weighted sum; from here on, on the device
+        loss, nll_N = self.denoiser(view.to(self.device), *scored.to(self.device))
         # 4. a sum; `on_before_optimizer_step` divides by the count over ranks and micro-batches, so the division that
         #    Lightning and the strategy are about to make is undone at the end
         # 5. what is logged: a vector that is added up over micro-batches here, over ranks before the optimizer step
@@ -167,23 +181,32 @@ class Recipe(Conversion):
         """Divide gradients and loss by the number of maskable tokens of this step, over ranks and micro-batches.
 
         Logs `train/loss` per maskable token, `train/grad_norm` before clipping, `train/masked_ce/<share>` of `Tally`.
+        Numbers stay on the device; those of the step before have come to the host by now, and go to the progress bar.
         """
-        self.tally = Tally.read(self.trainer.strategy.reduce(self._tally, reduce_op="sum"))
-        self._tally = None
-        tokens = max(1.0, self.tally.maskable)  # a number, because a DTensor divides by no plain tensor
-        gradients = [p.grad for p in self.denoiser.parameters() if p.grad is not None]
-        torch._foreach_div_(gradients, tokens)
-        loss, norm = self.tally.loss / tokens, total_norm(gradients).item()
-        self.log("train/loss", loss, prog_bar=True)
-        self.log("train/grad_norm", norm)
+        self.settle()
+        if self._looked_at:
+            self.log("loss", torch.tensor(self._looked_at["train/loss"]), prog_bar=True, logger=False)
+        counted, self._tally = self._tally, None
+        self.tally = Tally.read(over_ranks(counted))
+        tokens = self.tally.maskable.clamp(min=1)
+        network = self.denoiser.network
+        gradients = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        torch._foreach_div_([shards.local(gradient)[0] for gradient in gradients.values()], tokens)
+        norms_P = norms([*gradients.values()])
+        numbers = {"train/loss": self.tally.loss / tokens, "train/grad_norm": norms_P.norm()}
+        for name, number in numbers.items():
+            self.log(name, number)
         for share, mean in self.tally.masked_ce.items():
             self.log(f"train/masked_ce/{share}", mean)
-        nonfinite.check(self, {"train/loss": loss, "train/grad_norm": norm}, self.nonfinite)
+        nonfinite.leave_out(optimizer, torch.stack([*numbers.values()]))
+        of_gradients = dict(zip(gradients, norms_P.unbind(), strict=True))
+        self._given = Numbers(self.trainer.global_step + 1, numbers, of_gradients)
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *how: Any, **options: Any) -> None:
-        """Clip, unless the step was left out: torch's clipping by value fails where there is no gradient."""
-        if any(parameter.grad is not None for parameter in self.denoiser.parameters()):
-            super().configure_gradient_clipping(optimizer, *how, **options)
+    def settle(self) -> None:
+        """Look at the numbers of the last step, unless that was done; see `nonfinite.look`."""
+        given, self._given = self._given, None
+        if given:
+            self._looked_at = nonfinite.look(self, given, self.nonfinite)
 
     def on_fit_start(self) -> None:
         """Refuse a network that does not do what its views say (see `sight`); say what the run is too short for."""
@@ -205,7 +228,11 @@ class Recipe(Conversion):
         if self.trainer.global_step >= self.trainer.max_steps:
             self.trainer.should_stop = True
 
+    def on_train_end(self) -> None:
+        self.settle()
+
     def on_validation_epoch_start(self) -> None:
+        self.settle()
         for metric in self.metrics.values():
             metric.reset()
 
@@ -280,6 +307,7 @@ class Recipe(Conversion):
         }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.settle()
         checkpoint[FACTS] = self.facts()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:

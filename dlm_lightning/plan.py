@@ -21,7 +21,6 @@ from dlm_lightning.data.token_data import TokenData
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.drift import place
 from dlm_lightning.flops import needed
-from dlm_lightning.loss import score
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import STRATA, uniforms
 from dlm_lightning.rehearsal import Memory, Rehearsal, per_device, rehearse
@@ -198,9 +197,8 @@ def rows(count: int, length: int) -> Batch:
 def scored_per_row(recipe: Recipe, length: int) -> float:
     """How many terms of the loss a full row has on average, by the recipe's own masks."""
     batch = rows(DRAWS, length)
-    copies = recipe.noisy(batch, recipe.pattern)
-    view = recipe.show(batch, copies, recipe.pattern)
-    return len(score(batch, view, copies, recipe.ar_weight).index_N) / DRAWS
+    _, _, scored = recipe.shown(batch, recipe.pattern)
+    return len(scored.index_N) / DRAWS
 
 
 # The tables

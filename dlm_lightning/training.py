@@ -118,8 +118,9 @@ def parse(config: dict[str, Any], overrides: Sequence[str], run: Path | str) -> 
         raise ValueError("trainer.strategy: processes that are spawned bring nothing back; take ddp or fsdp2")
     if isinstance(environment, SLURMEnvironment):
         environment.auto_requeue = False  # Lightning would save inside the signal's handler, in mid-step
-    cli.trainer._signal_connector.register_signal_handlers = lambda: None  # type: ignore[method-assign]  # see interruption
     trainer: Any = cli.trainer
+    trainer._signal_connector.register_signal_handlers = lambda: None  # see interruption
+    trainer.fit_loop.epoch_loop._broadcast_sigterm_tensor = lambda: None  # of those handlers, and it waits for the GPU
     if ModelCheckpoint.__name__ not in str(cli.config.trainer.callbacks):  # Lightning adds one where nothing saves
         trainer.callbacks = [callback for callback in trainer.callbacks if type(callback) is not ModelCheckpoint]
     if type(cli.trainer.strategy).save_checkpoint is Strategy.save_checkpoint:

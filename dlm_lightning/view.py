@@ -12,6 +12,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
+from dlm_lightning.transfer import send
+
 Structure = Literal["full", "causal"] | int
 STRUCTURES: dict[int | None, Structure] = {None: "full", 1: "causal"}  # of one copy, by its block size
 
@@ -47,6 +49,8 @@ class View:
     structure: what is known of the whole view without looking at it: each document is one run, attended in `full` or
     in `causal` order; or, with a cache, the tokens of a row come in groups of so many, each of which sees all slots of
     its row up to its own last position.
+    starts: of a view that came from the host (see `to`), where the documents of the flattened rows start, and their
+    end: int32.
     """
 
     ids_BS: Tensor
@@ -56,6 +60,7 @@ class View:
     copy_BS: Tensor
     document_BS: Tensor
     structure: Structure | None = None
+    starts: Tensor | None = None
 
     @property
     def coordinates(self) -> tuple[Tensor, ...]:
@@ -68,9 +73,11 @@ class View:
         return View(ids, position, rank, order, copy, document)
 
     def to(self, device: torch.device) -> View:
-        """The same view on a device."""
-        ids, position, rank, order, copy, document = (tensor.to(device) for tensor in self.coordinates)
-        return View(ids, position, rank, order, copy, document, self.structure)
+        """The same view on a device; documents that are each one run are looked for before, on the host."""
+        starts = document_starts(self.document_BS) if self.structure in ("full", "causal") else None
+        ids, position, rank, order, copy, document = (send(tensor, device) for tensor in self.coordinates)
+        there = None if starts is None else send(starts, device)
+        return View(ids, position, rank, order, copy, document, self.structure, there)
 
     @staticmethod
     def beside(views: Sequence[View]) -> View:
@@ -80,6 +87,14 @@ class View:
         columns = (torch.cat(tensors, dim=1) for tensors in zip(*(v.coordinates for v in views), strict=True))
         ids, position, rank, order, copy, document = columns
         return View(ids, position, rank, order, copy, document)
+
+
+def document_starts(document_BS: Tensor) -> Tensor:
+    """Where the documents of the flattened rows start, each of them one run in its row, and their end: int32."""
+    changes_BS = torch.ones_like(document_BS, dtype=torch.bool)
+    changes_BS[:, 1:] = document_BS.diff() != 0
+    starts = changes_BS.flatten().nonzero().squeeze(1)
+    return torch.cat([starts, starts.new_tensor([document_BS.numel()])]).int()
 
 
 def sees(q: View, k: View) -> Tensor:

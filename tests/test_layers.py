@@ -10,10 +10,11 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 SHELVES = [  # from the ground up; within a layer of the architecture too, imports go one way only
+    (0, {"transfer", "shards"}),
     (0, {"view", "noise"}),
     (0, {"loss", "schedule"}),
     (0, {"tally"}),
-    (1, {"layouts", "shards", "bfloat16", "flops"}),
+    (1, {"layouts", "bfloat16", "flops"}),
     (1, {"source", "mask_token", "attention", "readout", "lora", "cache"}),
     (1, {"denoiser", "drift", "representation", "compilation"}),
     (1, {"decode", "sight", "likelihood"}),

@@ -165,22 +165,43 @@ class WithoutStep2(BlockCausal):
         return loss * torch.inf if self.trainer.global_step == 1 else loss
 
 
+def trained(recipe, batches, folder, **options) -> list[list[torch.Tensor]]:
+    """What `States` has seen of a step for each batch, also of a run that was stopped."""
+    states = States()
+    trainer = L.Trainer(
+        accelerator="cpu", default_root_dir=folder, logger=False, enable_checkpointing=False, max_steps=len(batches),
+        enable_progress_bar=False, enable_model_summary=False, callbacks=[states], **options,
+    )  # fmt: skip
+    try:
+        trainer.fit(recipe, Stub(batches))
+    except FloatingPointError as error:
+        assert "step 2 gave numbers that are not finite" in str(error)
+        states.steps.append([p.detach() for p in recipe.denoiser.parameters()])
+    return states.steps
+
+
 @pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 @pytest.mark.parametrize("clip", [None, "norm", "value"])
 @pytest.mark.parametrize("scale", [LrScale(), LrScale(mask_row=10.0), LrScale(mask_row=1.0, embedding=0.0)])
 def test_a_step_that_is_skipped_changes_neither_weights_nor_optimizer(make_recipe, make_batch, tmp_path, scale, clip):
     recipe = make_recipe(WithoutStep2, block_size=4, nonfinite="skip", lr_scale=scale, weight_decay=0.1)
-    states = States()
     clipping = {"gradient_clip_val": 0.5, "gradient_clip_algorithm": clip} if clip else {}
-    trainer = L.Trainer(
-        accelerator="cpu", default_root_dir=tmp_path, logger=False, enable_checkpointing=False, max_steps=3,
-        enable_progress_bar=False, enable_model_summary=False, callbacks=[states], **clipping,
-    )  # fmt: skip
-    trainer.fit(recipe, Stub([make_batch([[9, 7]], seed=seed) for seed in range(3)]))
-    first, second, third = states.steps
+    states = trained(recipe, [make_batch([[9, 7]], seed=seed) for seed in range(3)], tmp_path, **clipping)
+    first, second, third = states
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
     assert not all(torch.equal(a, b) for a, b in zip(second, third, strict=True))
     assert all(tensor.isfinite().all() for tensor in third)
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+@pytest.mark.parametrize("steps", [2, 4])
+def test_a_run_that_stops_has_made_neither_the_step_nor_one_after_it(make_recipe, make_batch, tmp_path, steps):
+    """Its numbers are looked at when the next step's gradients are there, or at the end."""
+    recipe = make_recipe(WithoutStep2, block_size=4)
+    states = trained(recipe, [make_batch([[9, 7]], seed=seed) for seed in range(steps)], tmp_path)
+    assert len(states) == 3  # after steps 1 and 2, and when the run had stopped
+    weights = [tensors[: len(states[-1])] for tensors in states]
+    assert all(torch.equal(a, b) for later in weights[1:] for a, b in zip(weights[0], later, strict=True))
 
 
 # Through the command line
@@ -203,6 +224,8 @@ def test_a_run_stops_before_the_step_and_keeps_its_checkpoint(typed, spoiled, tm
     assert json.loads(file.read_text())["numbers"] == ["train/loss", "train/grad_norm"]
     kept = {path.stem for path in (run / "checkpoints").glob("*")}
     assert kept == {f"step={step}" for step in range(1, at)}
+    with (run / "metrics.csv").open(newline="") as table:
+        assert [row["train/loss"] == "nan" for row in csv.DictReader(table)] == [*[False] * (at - 1), True]
 
 
 @pytest.mark.parametrize("what", ["backward", NORM])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +13,7 @@ from dlm_lightning.recipes.ar_source import ArSource
 from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.recipes.complementary_mask import ComplementaryMask
 from dlm_lightning.recipes.full_bidirectional import FullBidirectional
-from dlm_lightning.tally import NAMES, Tally, total_norm
+from dlm_lightning.tally import NAMES, Tally
 
 PER_DOCUMENT = Noise(masking="tilted", weight="inverse_t", t_per="document")
 RECIPES = {
@@ -93,20 +92,18 @@ def test_ranks_add_up_to_the_means_over_all_their_tokens(make_recipe, make_batch
         tallied(recipe, *mine)
         vectors.append(recipe._tally)
     added, whole = Tally.read(sum(vectors)), tallied(recipe, *batches)
-    assert added.masked_ce == pytest.approx(whole.masked_ce, rel=1e-5)
-    assert added[:5] == pytest.approx(whole[:5], rel=1e-5)
+    torch.testing.assert_close(added.masked_ce, whole.masked_ce, rtol=1e-5, atol=0, equal_nan=True)
+    torch.testing.assert_close(added[:5], whole[:5], rtol=1e-5, atol=0)
 
 
 def test_the_logged_gradient_norm_is_that_of_the_mean_before_clipping(make_recipe, make_batch):
     recipe = make_recipe(BlockCausal, block_size=4)
     logged = {}
     recipe.log = lambda name, value, **_: logged.update({name: float(value)})
-    recipe._trainer.strategy = SimpleNamespace(reduce=lambda tensor, reduce_op: tensor)
     recipe.training_step(make_batch([[16], [9, 7]]), 0).backward()
-    recipe.on_before_optimizer_step(None)
+    recipe.on_before_optimizer_step(torch.optim.AdamW(recipe.parameters(), fused=True))
     every = torch.cat([p.grad.flatten() for p in recipe.denoiser.parameters()]).double()
     assert logged["train/grad_norm"] == pytest.approx(every.norm().item(), rel=1e-5)
     assert torch.nn.utils.clip_grad_norm_(recipe.denoiser.parameters(), 1.0) == pytest.approx(
         logged["train/grad_norm"], rel=1e-6
     )
-    assert total_norm([]) == 0

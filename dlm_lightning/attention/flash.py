@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from dlm_lightning.attention import dense
-from dlm_lightning.view import View, sees
+from dlm_lightning.view import View, document_starts, sees
 
 HALF = torch.bfloat16  # what float32 becomes under autocast
 
@@ -103,12 +103,8 @@ def plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dty
     """
     if view.structure not in ("full", "causal") or not _applies(view, predicate, dtype) or kernel() is None:
         return None
-    document_BS = view.document_BS
-    changes_BS = torch.ones_like(document_BS, dtype=torch.bool)
-    changes_BS[:, 1:] = document_BS.diff() != 0
-    starts = changes_BS.flatten().nonzero().squeeze(1)
-    starts = torch.cat([starts, starts.new_tensor([document_BS.numel()])]).int()
-    longest = document_BS.shape[1]  # a bound, so that nothing waits for the device
+    starts = document_starts(view.document_BS) if view.starts is None else view.starts
+    longest = view.document_BS.shape[1]  # a bound, so that nothing waits for the device
     return Plan(starts, longest, view.structure == "causal", dense.plan(view, predicate))
 
 

@@ -25,11 +25,15 @@ SAME = 0.01  # by which the losses of equal arms may differ, relatively, under b
 
 
 class Arm(NamedTuple):
-    """A loss by its name, and what computing it takes at least: the view and its scored tokens."""
+    """A loss by its name, and what computing it takes at least: the view and its scored tokens, from the batch.
+
+    The loss takes the batch on the host, as training does, or else on the device.
+    """
 
     name: str
     loss: Loss
     shown: Callable[[Recipe, Batch], tuple[View, Scored]]
+    from_host: bool = False
 
 
 def arms(baselines: Sequence[str]) -> list[Arm]:
@@ -38,14 +42,13 @@ def arms(baselines: Sequence[str]) -> list[Arm]:
         if name not in BASELINES:
             raise ValueError(f"there is no baseline {name}, only {' and '.join(BASELINES)}{nearest(name, BASELINES)}")
     others = [Arm(name, BASELINES[name](), shown) for name in dict.fromkeys(baselines)]
-    return [Arm(OURS, ours, shown), *others, Arm(AR, autoregressive, shown_causally)]
+    return [Arm(OURS, ours, shown, True), *others, Arm(AR, autoregressive, shown_causally, True)]
 
 
 def shown(recipe: Recipe, batch: Batch) -> tuple[View, Scored]:
     """What the recipe shows of a batch, by the pattern of the finished model, and what it scores."""
-    copies = recipe.noisy(batch, recipe.pattern)
-    view = recipe.show(batch, copies, recipe.pattern)
-    return view, score(batch, view, copies, recipe.ar_weight)
+    _, view, scored = recipe.shown(batch, recipe.pattern)
+    return view, scored
 
 
 def shown_causally(recipe: Recipe, batch: Batch) -> tuple[View, Scored]:
@@ -65,7 +68,7 @@ def autoregressive(recipe: Recipe, batch: Batch) -> Tensor:
 
 
 def _loss(recipe: Recipe, view: View, scored: Scored) -> Tensor:
-    return recipe.denoiser(view, *scored)[0]
+    return recipe.denoiser(view.to(recipe.device), *scored.to(recipe.device))[0]
 
 
 def packed(count: int, length: int, documents: int, token_ids: Sequence[int]) -> Batch:
@@ -103,7 +106,7 @@ class Step:
         self.device: torch.device = trainer.strategy.root_device
         torch.manual_seed(0)
         self.recipe.configure_model()
-        denoiser = self.recipe.denoiser.to(self.device).train()
+        denoiser = self.recipe.to(self.device).denoiser.train()
         if self.recipe.compiled:
             compile_layers(denoiser.network, self.device)
         self.precision = trainer.precision_plugin  # not before: building the network may settle it
@@ -111,18 +114,18 @@ class Step:
         for group in self.optimizer.param_groups:
             group["lr"] = 0.0
         self.clip = (trainer.gradient_clip_val or 0.0, trainer.gradient_clip_algorithm)
-        batch = packed(prepared.data.batch_size, prepared.data.row_length, documents, denoiser.token_ids)
-        self.batch = Batch(*(tensor.to(self.device) for tensor in batch))
+        self.batch = packed(prepared.data.batch_size, prepared.data.row_length, documents, denoiser.token_ids)
+        self._there = Batch(*(tensor.to(self.device) for tensor in self.batch))
         self.tokens = int(self.batch.maskable_BL.sum())
         with self.precision.forward_context():
             view, _ = shown(self.recipe, self.batch)
-            attention.require(self.recipe.backend, view, self.recipe.predicate, denoiser.network.dtype)
+            attention.require(self.recipe.backend, view.to(self.device), self.recipe.predicate, denoiser.network.dtype)
 
     def __call__(self, arm: Arm) -> Tensor:
         """One step by an arm; returns its loss per maskable token."""
         self.optimizer.zero_grad()
         with self.precision.forward_context():
-            loss = arm.loss(self.recipe, self.batch) / self.tokens
+            loss = arm.loss(self.recipe, self.batch if arm.from_host else self._there) / self.tokens
         loss.backward()
         self._clip()
         self.optimizer.step()
