@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,17 @@ class SavePretrained(L.Callback):
         write(recipe, whole, Path(trainer.default_root_dir) / SAVED_MODEL, writes=trainer.is_global_zero)
 
 
-def write(recipe: Recipe, weights: dict[str, Any], folder: Path, writes: bool = True) -> None:
-    """Write a network's whole state dict as a folder, in place of what lies there; all ranks call it, one writes."""
+def write(
+    recipe: Recipe,
+    weights: dict[str, Any],
+    folder: Path,
+    writes: bool = True,
+    finish: Callable[[Path], None] = lambda _: None,
+) -> None:
+    """Write a network's whole state dict as a folder, in place of what lies there; all ranks call it, one writes.
+
+    `finish` is given the folder before it gets its name.
+    """
     network = recipe.denoiser.network
     once, names = (dict(network.named_parameters(remove_duplicate=flag)) for flag in (True, False))
     tied = names.keys() - once.keys()  # copies by now, where the strategy gathers each name by itself
@@ -42,6 +52,7 @@ def write(recipe: Recipe, weights: dict[str, Any], folder: Path, writes: bool = 
     shutil.rmtree(beside, ignore_errors=True)
     network.save_pretrained(beside, state_dict=kept, max_shard_size="5GB")
     recipe.tokenizer.save_pretrained(beside)
+    finish(beside)
     for path in beside.iterdir():  # safetensors makes files that nobody else can read
         path.chmod((beside / "config.json").stat().st_mode)
     shutil.rmtree(folder, ignore_errors=True)

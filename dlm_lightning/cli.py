@@ -102,7 +102,13 @@ def _dispatch(argv: list[str]) -> int:
     export = commands.add_parser("export", help="a run's newest weights as a folder for other tools")
     export.add_argument("run", metavar="RUN", help="a run folder")
     export.add_argument("out", metavar="OUT", help="a new folder")
-    export.add_argument("--as", dest="form", choices=["ar"], required=True, help="ar: a plain causal model")
+    export.add_argument(
+        "--as",
+        dest="form",
+        choices=["hf", "ar"],
+        default="hf",
+        help="hf (default): a diffusion model with the code that decodes it on plain transformers; ar: a causal model",
+    )
     drift = commands.add_parser("drift", help="how far the weights of one checkpoint are from those of another")
     places = "a hub id, a Hugging Face folder, a run, or one of its checkpoints"
     drift.add_argument("before", metavar="A", help=places)
@@ -144,9 +150,9 @@ def _dispatch(argv: list[str]) -> int:
         print(gather(args.run, args.out))
         return 0
     if args.command == "export":
-        from dlm_lightning.export import as_causal
+        from dlm_lightning.export import export as give
 
-        print(as_causal(args.run, args.out))
+        print(give(args.run, args.out, args.form))
         return 0
     if args.command == "drift":
         from dlm_lightning.drift_between import drift as measure

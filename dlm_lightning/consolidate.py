@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -20,11 +21,17 @@ def consolidate(folder: str, out: str | None = None) -> Path:
     return write(folder, target, "name a new folder by --out DIR")
 
 
-def write(run: str, target: Path, otherwise: str, change: Callable[[Recipe], None] = lambda _: None) -> Path:
+def write(
+    run: str,
+    target: Path,
+    otherwise: str,
+    change: Callable[[Recipe], None] = lambda _: None,
+    finish: Callable[[Recipe, Path], None] = lambda *_: None,
+) -> Path:
     """Write a run's newest weights to a new folder, on the CPU and in the run's own precision, and return the folder.
 
-    Shards are read tensor by tensor into the one network that is then written, as `change` leaves it. `otherwise` says
-    what to do where the folder is there already.
+    Shards are read tensor by tensor into the one network that is then written, as `change` leaves it; `finish` is given
+    what was written before it gets its name. `otherwise` says what to do where the folder is there already.
     """
     quiet()
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
@@ -33,5 +40,6 @@ def write(run: str, target: Path, otherwise: str, change: Callable[[Recipe], Non
     precision = yaml.safe_load((folder / runs.CONFIG).read_text())["trainer"]["precision"]
     _, recipe, _ = restore(run, f"--trainer.precision={precision}")
     change(recipe)
-    save_pretrained.write(recipe, dict(recipe.denoiser.network.state_dict()), target)
+    weights = dict(recipe.denoiser.network.state_dict())
+    save_pretrained.write(recipe, weights, target, finish=partial(finish, recipe))
     return target

@@ -14,6 +14,7 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 KEY = "dlm"  # of a config.json that this project wrote: how the model was trained
+EXPORTED = "dlm_"  # before the family in the model_type of an export, which brings along the code that decodes it
 
 
 @dataclass(frozen=True)
@@ -57,9 +58,12 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     Code that the folder brings along is run only if it is trusted, and never for a published layout.
     """
     values = _values(folder)
+    if (family := _family(values)) and KEY in values:
+        own = {"model_type", "architectures", "auto_map", KEY}
+        return CONFIG_MAPPING[family].from_dict({k: v for k, v in values.items() if k not in own})
     if layout := LAYOUTS.get(values.get("model_type", "")):
-        own = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id"}
-        return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in own})
+        keys = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id"}
+        return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in keys})
     if values.get("model_type") not in CONFIG_MAPPING and not (trusted and "auto_map" in values):
         raise ValueError(
             f"model.source: {folder} is of model_type {values.get('model_type', 'none')}, which transformers does not "
@@ -69,12 +73,6 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
     if hasattr(config, KEY):  # what is made of it states its own
         delattr(config, KEY)
     return config
-
-
-def tokenizer_type(folder: Path) -> str | None:
-    """The family of a published diffusion model's tokenizer; None where transformers finds it by itself."""
-    layout = LAYOUTS.get(_values(folder).get("model_type", ""))
-    return layout.family if layout else None
 
 
 def stated(folder: Path) -> Diffusion | None:
@@ -89,6 +87,12 @@ def stated(folder: Path) -> Diffusion | None:
         block_size = values.get(layout.block_size_key) if layout.block_size_key else None
         return Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id))
     return None
+
+
+def _family(values: dict[str, Any]) -> str | None:
+    """The family of an export's layers; None for any other config."""
+    family = str(values.get("model_type", "")).removeprefix(EXPORTED)
+    return family if family != values.get("model_type") and family in CONFIG_MAPPING else None
 
 
 def _values(folder: Path) -> dict[str, Any]:

@@ -115,10 +115,7 @@ class Source:
         """The source's tokenizer; FileNotFoundError if the folder has none (transformers would make an empty one)."""
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
-        kind = layouts.tokenizer_type(self.folder)
-        return AutoTokenizer.from_pretrained(
-            self.folder, trust_remote_code=self.trusted, **({"tokenizer_type": kind} if kind else {})
-        )
+        return AutoTokenizer.from_pretrained(self.folder, config=self.config, trust_remote_code=self.trusted)
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the weights: a hash of file sizes and of samples from each file."""

@@ -3,15 +3,229 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
+import sys
+from functools import cache
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dlm_lightning.decode.decoder import decode
+from dlm_lightning.generate import read, suited
+from dlm_lightning.source import Source
 from dlm_lightning.training import restore
 from dlm_lightning.view import AUTOREGRESSIVE
 
 KEEP = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"
+
+
+RUNS = {  # family, recipe, overrides of its model
+    "blocks": ("qwen3", "block_causal", {"block_size": 4}),
+    "a causal context": ("qwen2", "block_causal", {"block_size": 4, "context_rank": "causal", "shift": "next_token"}),
+    "a noisy context": ("llama", "block_causal", {"block_size": 4, "context": "noisy"}),
+    "pairs": ("llama", "complementary_mask", {"block_size": 8}),
+    "all tokens": ("qwen3", "full_bidirectional", {}),
+    "all tokens, unshifted": ("qwen2", "full_bidirectional", {"shift": "none"}),
+    "windows in some layers": ("gemma3_text", "block_causal", {"block_size": 4}),
+    "windows in all layers": ("mistral", "complementary_mask", {"block_size": 4}),
+}
+
+
+@pytest.fixture(scope="module")
+def exported(make_exported):
+    """`exported(name)`: the recipe of a short run of RUNS, and the folder that it was exported to."""
+    return cache(lambda name: make_exported(name, *RUNS[name]))
+
+
+@pytest.fixture(scope="module")
+def make_exported(source_folder, small, typed, tmp_path_factory):
+    def make(name, family, recipe, options):
+        folder = tmp_path_factory.mktemp("export")
+        words = small(
+            trainer__callbacks=KEEP,
+            trainer__max_steps=2,
+            model__source=source_folder(family),
+            **{f"model__{key}": value for key, value in options.items()},
+        )
+        assert typed("fit", recipe, *words, "--run", "run", cwd=folder).code == 0
+        said = typed("export", "run", "out", cwd=folder)
+        assert (said.code, said.out) == (0, "out\n"), said.err
+        return restore(str(folder / "run"))[1].eval(), folder / "out"
+
+    return make
+
+
+def loaded(folder, **options):
+    return AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True, **options).eval()
+
+
+PROMPTS = [[5, 17, 200, 41, 9, 33, 78], [101, 8, 8, 250]]
+
+
+def padded(prompts, pad=0):
+    """As a tokenizer pads on the left."""
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(prompt)) + prompt for prompt in prompts])
+    there = torch.tensor([[0] * (width - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    return {"input_ids": ids, "attention_mask": there}
+
+
+def new_tokens(model, prompts, **options):
+    """Of each prompt, without what pads them to one length."""
+    batch, ends = padded(prompts), model._ends(torch.device("cpu")).tolist()
+    found = []
+    for row in model.generate(**batch, **options)[:, batch["input_ids"].shape[1] :].tolist():
+        stop = next((n + 1 for n, token in enumerate(row) if token in ends), len(row))
+        assert set(row[stop:]) <= {model.generation_config.pad_token_id}
+        found.append(row[:stop])
+    return found
+
+
+@pytest.mark.parametrize("implementation", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", RUNS)
+def test_plain_transformers_gives_the_same_logits(name, implementation, exported):
+    """Of a document whose third block is being filled in, at the positions that predict its tokens."""
+    recipe, folder = exported(name)
+    model, denoiser = loaded(folder, attn_implementation=implementation), recipe.denoiser
+    size = recipe.pattern.block_size or 4
+    ids_BL = torch.randint(300, (2, 3 * size), generator=torch.Generator().manual_seed(1))
+    ids_BL[:, 2 * size + 1 :] = denoiser.mask_id
+    position_BL = torch.arange(3 * size).expand_as(ids_BL)
+    view = recipe.pattern.continuation(ids_BL, position_BL, torch.full((2, 1), 2 * size))
+    with torch.no_grad():
+        logits = model(input_ids=ids_BL).logits
+        asked = (ids_BL == denoiser.mask_id).flatten().nonzero().squeeze(1)
+        expected = denoiser(view, asked)
+    read = asked - int(recipe.shift == "next_token")
+    found = logits.flatten(0, 1)[read]
+    spared = expected.isfinite()
+    assert spared[:, :300].all() and not spared[:, model.config.dlm["mask_id"]].any()
+    torch.testing.assert_close(found[spared], expected[spared], rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"temperature": 0.7, "top_p": 0.9, "top_k": 40, "seed": 3}], ids=["greedy", "drawn"]
+)
+@pytest.mark.parametrize("name", RUNS)
+def test_it_decodes_to_the_same_tokens(name, options, exported):
+    recipe, folder = exported(name)
+    plan = read(suited(recipe.denoiser), ["stopper.new_tokens=21", *(f"sampling.{k}={v}" for k, v in options.items())])
+    expected = decode(recipe.denoiser, PROMPTS, plan, eos_ids=[recipe.tokenizer.eos_token_id])
+    assert new_tokens(loaded(folder), PROMPTS, max_new_tokens=21, **options) == [row.new_ids for row in expected.rows]
+
+
+def test_a_threshold_of_1_fills_in_one_token_per_forward(exported, monkeypatch):
+    recipe, folder = exported("blocks")
+    model, forwards = loaded(folder), []
+    plan = read("block", ["stopper.new_tokens=9", "selector.threshold=1"])
+    expected = decode(recipe.denoiser, PROMPTS[:1], plan, eos_ids=[recipe.tokenizer.eos_token_id])
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda *a, **o: forwards.append(1) or forward(*a, **o))
+    assert new_tokens(model, PROMPTS[:1], max_new_tokens=9, threshold=1) == [expected.rows[0].new_ids]
+    assert len(forwards) == expected.rows[0].forwards
+
+
+ALONE = """
+import json, sys
+sys.modules["dlm_lightning"] = None  # importing it fails
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder = sys.argv[1]
+model = AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)
+tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=True)
+given = tokenizer("the quick brown fox", return_tensors="pt", return_token_type_ids=False)
+out = model.generate(**given, max_new_tokens=16)
+print(json.dumps([given["input_ids"].tolist(), out.tolist(), tokenizer.mask_token_id, tokenizer.decode(out[0])]))
+"""
+
+
+def test_without_this_project(exported, tmp_path):
+    """In a process that cannot import it, from text to text."""
+    recipe, folder = exported("pairs")
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE, folder], capture_output=True, text=True, cwd=tmp_path, check=True
+    )
+    prompt, out, mask_id, text = json.loads(done.stdout.splitlines()[-1])
+    assert prompt == recipe.tokenizer(["the quick brown fox"])["input_ids"] and mask_id == recipe.mask_id
+    plan = read("block", ["stopper.new_tokens=16"])
+    expected = decode(recipe.denoiser, prompt, plan, eos_ids=[recipe.tokenizer.eos_token_id])
+    assert out[0] == expected.rows[0].ids and text.startswith("the quick brown fox")
+
+
+def test_nobody_takes_it_for_an_autoregressive_model(exported):
+    """Without its code, transformers refuses it instead of decoding it causally."""
+    _, folder = exported("blocks")
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=False)
+
+
+@pytest.mark.parametrize("key", ["block_size", "context", "context_rank", "shift", "mask_id", "banned"])
+@pytest.mark.parametrize("tampering", ["missing", "wrong"])
+def test_a_config_that_was_tampered_with_is_refused_by_the_key(key, tampering, exported, tmp_path):
+    _, folder = exported("blocks")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    if tampering == "missing":
+        del values["dlm"][key]
+    else:
+        values["dlm"][key] = -1
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=rf"config\.json: dlm\.{key} is missing or is none that there is"):
+        loaded(copy)
+
+
+def test_a_config_without_a_word_on_diffusion_is_refused(exported, tmp_path):
+    copy = shutil.copytree(exported("blocks")[1], tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    del values["dlm"]
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=r"^config\.json has no dlm"):
+        loaded(copy)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "options", "says"),
+    [
+        ([[300, 4]], {}, "prompt 0 is empty or begins with the mask"),
+        ([[4, 5]], {"threshold": 0}, "threshold must lie in"),
+        ([[4, 5]], {"forwards": 0}, "forwards be 1 or more"),
+        ([[4, 5]], {"max_new_tokens": -1}, "nothing negative"),
+    ],
+)
+def test_what_cannot_be_decoded_is_refused(prompts, options, says, exported):
+    with pytest.raises(ValueError, match=says):
+        loaded(exported("blocks")[1]).generate(torch.tensor(prompts), **options)
+
+
+def test_padding_on_either_side_changes_nothing(exported):
+    model = loaded(exported("blocks")[1])
+    ids = torch.tensor([PROMPTS[1] + [0, 0]])
+    there = torch.tensor([[1] * 4 + [0, 0]])
+    right = model.generate(ids, there, max_new_tokens=8)[0, 6:]
+    alone = model.generate(torch.tensor(PROMPTS[1:]), max_new_tokens=8)[0, 4:]
+    assert torch.equal(right, alone)
+    left = padded(PROMPTS)
+    with torch.no_grad():
+        logits, own = model(**left).logits[1, 3:], model(torch.tensor(PROMPTS[1:])).logits[0]
+    torch.testing.assert_close(logits, own, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("name", ["blocks", "pairs", "all tokens"])
+def test_it_is_a_source_like_any_other(name, exported, small, typed, tmp_path):
+    """A run that goes on from it reads the same weights, and what it states of itself."""
+    recipe, folder = exported(name)
+    source = Source(str(folder))
+    assert source.diffusion == recipe.diffusion
+    assert type(source.config) is type(recipe.denoiser.network.config)
+    for parameter_name, parameter in recipe.denoiser.network.named_parameters():
+        assert torch.equal(source.read(parameter_name), parameter)
+    kind = {"blocks": "block_causal", "pairs": "complementary_mask", "all tokens": "full_bidirectional"}[name]
+    words = small(trainer__callbacks=KEEP, trainer__max_steps=1, model__source=folder, model__shift="null")
+    said = typed("fit", kind, *words, "--run", "on", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert restore(str(tmp_path / "on"))[1].mask_id == recipe.mask_id
 
 
 @pytest.mark.parametrize(

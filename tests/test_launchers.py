@@ -190,7 +190,7 @@ def test_a_job_that_is_interrupted_requeues_itself_and_ends_as_if_undisturbed(ta
     recipe = "block_causal", *words(data__batch_size=4 // tasks, trainer__devices=tasks, trainer__strategy=strategy)
     first = sbatch(tasks, "run folder", *recipe)
     assert first.returncode == 75, first.stderr
-    assert checkpoints(tmp_path / "run folder") == ["step=4"]
+    assert checkpoints(tmp_path / "run folder") == [f"step={4 if tasks == 1 else 5}"]  # in which the ranks agree
     assert not list((tmp_path / "run folder").glob("hpc_ckpt*")), "Lightning's own answer to the signal"
     second = sbatch(tasks, "run folder", *recipe, SPARE="1")
     assert second.returncode == 0, second.stderr

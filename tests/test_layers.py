@@ -59,6 +59,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "record": {"arms", "timing"},
         "show": {"arms", "record", "timing"},
     },
+    "export": {"__init__": {"block_diffusion", "causal"}},
     "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {
         "__init__": {"content", "figures", "tables"},

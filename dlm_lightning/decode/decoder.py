@@ -122,7 +122,7 @@ def decode(
         device,
         L,
     )
-    ends_with, shifted, score = _eos_ids(denoiser, eos_ids), denoiser.shift != "none", SCORERS[plan.scorer]
+    ends_with, shifted, score = end_tokens(denoiser, eos_ids), denoiser.shift != "none", SCORERS[plan.scorer]
     cache = Cache(L, static)
     whole = pattern.block_size if static and plan.cache.whole_blocks and pattern.context_rank == "block" else None
     rows: dict[int, Row] = {}
@@ -186,7 +186,7 @@ def _columns(shown_BL: Tensor, size: int) -> Tensor:
     return order_BL.gather(1, torch.minimum(place_S, count_B[:, None] - 1))
 
 
-def _eos_ids(denoiser: Denoiser, others: Collection[int | None]) -> list[int]:
+def end_tokens(denoiser: Denoiser, others: Collection[int | None]) -> list[int]:
     """The end-of-text tokens of the network's configs, and others."""
     network = denoiser.network
     found = {token for token in others if token is not None}
