@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import shutil
 import subprocess
@@ -10,8 +11,11 @@ from functools import cache
 
 import pytest
 import torch
+import yaml
+from huggingface_hub import ModelCard
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from dlm_lightning.callbacks.weight_drift import last
 from dlm_lightning.decode.decoder import decode
 from dlm_lightning.generate import read, suited
 from dlm_lightning.source import Source
@@ -226,6 +230,38 @@ def test_it_is_a_source_like_any_other(name, exported, small, typed, tmp_path):
     said = typed("fit", kind, *words, "--run", "on", cwd=tmp_path)
     assert said.code == 0, said.err
     assert restore(str(tmp_path / "on"))[1].mask_id == recipe.mask_id
+
+
+def test_the_card_says_what_the_runs_files_say(source_folder, typed, small, tmp_path):
+    source = shutil.copytree(source_folder("qwen2"), tmp_path / "source")
+    (source / "README.md").write_text("---\nlicense: apache-2.0\n---\nA source.\n")
+    drift = "{class_path: dlm_lightning.callbacks.weight_drift.WeightDrift}"
+    speed = "{class_path: dlm_lightning.callbacks.throughput.Throughput}"
+    words = small(trainer__callbacks=f"[{KEEP[1:-1]}, {drift}, {speed}]", trainer__max_steps=3, model__source=source)
+    assert typed("fit", "complementary_mask", *words, "--run", "run", cwd=tmp_path).code == 0
+    assert typed("export", "run", "my-model", cwd=tmp_path).code == 0
+    card = ModelCard.load(tmp_path / "my-model" / "README.md")
+    assert card.data.license == "apache-2.0" and card.data.base_model is None
+    assert card.data.library_name == "transformers" and "block diffusion" in card.data.tags
+    text = card.text
+    assert "# my-model" in text and 'from_pretrained("my-model", trust_remote_code=True)' in text
+    assert "converted from a local qwen2 model" in text and "`complementary_mask`" in text
+    assert str(tmp_path) not in text, "where things lay on this machine is nobody's business"
+    cells = {line.split(" | ")[0].strip("| "): line.strip("| ").split(" | ")[1:] for line in text.splitlines()}
+    config = yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["data"]["init_args"]
+    tokens = 3 * config["batch_size"] * config["row_length"]
+    assert cells["steps"] == ["3"] and cells["tokens in rows"][0].startswith(f"{tokens:,} ")
+    assert cells["tokens through the network"] == [f"{3 * tokens:,}"]
+    assert cells["`model.block_size`"] == ["16"] and cells["`model.shift`"] == ["next_token"]
+    with (tmp_path / "run" / "metrics.csv").open(newline="") as table:
+        bounds = [row["val/nelbo"] for row in csv.DictReader(table) if row["val/nelbo"]]
+    assert cells["NELBO, nats per token"] == [f"{float(bounds[0]):.3f}", f"{float(bounds[-1]):.3f}"]
+    step, groups = last(tmp_path / "run" / "drift" / "drift.parquet")
+    moved = [
+        sum(groups[g]["mean_abs"] for g in names) / len(names)
+        for names in (("q", "k", "v", "o"), ("gate", "up", "down"))
+    ]
+    assert step == 3 and cells["mean of the absolute differences"] == [f"{value:.3g}" for value in moved]
 
 
 @pytest.mark.parametrize(

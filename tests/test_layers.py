@@ -29,9 +29,10 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"training"}),
     (4, {"allocator", "consolidate", "drift_between"}),
     (4, {"rehearsal"}),
-    (4, {"picture", "summary", "plan", "probe", "export", "replay", "generate", "tasks"}),
+    (4, {"picture", "summary", "plan", "probe", "replay", "generate", "tasks"}),
     (4, {"evaluation", "harness", "bench"}),
     (4, {"report"}),
+    (4, {"export"}),
     (4, {"comparison"}),
     (4, {"cli"}),
 ]
@@ -59,7 +60,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "record": {"arms", "timing"},
         "show": {"arms", "record", "timing"},
     },
-    "export": {"__init__": {"block_diffusion", "causal"}},
+    "export": {"__init__": {"block_diffusion", "causal"}, "block_diffusion": {"card"}},
     "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {
         "__init__": {"content", "figures", "tables"},

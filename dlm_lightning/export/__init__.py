@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 from dlm_lightning.consolidate import write
@@ -15,4 +16,4 @@ def export(run: str, out: str, form: str) -> Path:
     target, otherwise = Path(out).expanduser(), "name a new folder"
     if form == "ar":
         return write(run, target, otherwise, causal.forget)
-    return write(run, target, otherwise, block_diffusion.check, block_diffusion.complete)
+    return write(run, target, otherwise, block_diffusion.check, partial(block_diffusion.complete, target.name))

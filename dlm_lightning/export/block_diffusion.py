@@ -12,6 +12,7 @@ from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
 
 from dlm_lightning import layouts
 from dlm_lightning.decode.decoder import end_tokens
+from dlm_lightning.export.card import card
 from dlm_lightning.module import Recipe
 from dlm_lightning.view import AUTOREGRESSIVE, sees
 
@@ -35,8 +36,8 @@ def check(recipe: Recipe) -> None:
         tokenizer.add_special_tokens({"mask_token": known.get(recipe.mask_id, MASK)})
 
 
-def complete(recipe: Recipe, folder: Path) -> None:
-    """Write the config that says how the model is read, and the code."""
+def complete(name: str, recipe: Recipe, folder: Path) -> None:
+    """Write the config that says how the model is read, the code, and the card of a model that is called so."""
     denoiser, config = recipe.denoiser, recipe.denoiser.network.config
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     own = config.model_type, type(config).__name__, kind.__name__
@@ -60,6 +61,7 @@ def complete(recipe: Recipe, folder: Path) -> None:
     ends = end_tokens(denoiser, [tokenizer.eos_token_id])
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
     GenerationConfig(eos_token_id=ends or None, pad_token_id=pad).save_pretrained(folder)
+    (folder / "README.md").write_text(card(recipe, name), encoding="utf-8")
 
 
 def spans(numbers: Sequence[int]) -> list[list[int]]:
