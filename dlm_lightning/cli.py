@@ -105,9 +105,10 @@ def _dispatch(argv: list[str]) -> int:
     export.add_argument(
         "--as",
         dest="form",
-        choices=["hf", "ar"],
+        choices=["hf", "ar", "sdar", "fast_dllm_v2"],
         default="hf",
-        help="hf (default): a diffusion model with the code that decodes it on plain transformers; ar: a causal model",
+        help="hf (default): a diffusion model with the code that decodes it on plain transformers; ar: a causal model; "
+        "sdar, fast_dllm_v2: the layouts that engines and other code know by these names",
     )
     drift = commands.add_parser("drift", help="how far the weights of one checkpoint are from those of another")
     places = "a hub id, a Hugging Face folder, a run, or one of its checkpoints"

@@ -36,19 +36,20 @@ class Diffusion:
 class Layout:
     """A published kind of model: the transformers family of its layers, and where its config states the rest.
 
-    shift is that of its code, which no config states; mask_id is its code's default.
+    shift is that of its code, which no config states; mask_id is its code's default; architecture is its class.
     """
 
     family: str
     shift: str
     block_size_key: str | None
     mask_id: int | None
+    architecture: str
 
 
 LAYOUTS = {
-    "sdar": Layout("qwen3", "none", "block_size", 151669),
-    "Fast_dLLM_Qwen": Layout("qwen2", "next_token", "bd_size", 151665),
-    "Dream": Layout("qwen2", "next_token", None, None),
+    "sdar": Layout("qwen3", "none", "block_size", 151669, "SDARForCausalLM"),
+    "Fast_dLLM_Qwen": Layout("qwen2", "next_token", "bd_size", 151665, "Fast_dLLM_QwenForCausalLM"),
+    "Dream": Layout("qwen2", "next_token", None, None, "DreamModel"),
 }
 
 
@@ -62,7 +63,7 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
         own = {"model_type", "architectures", "auto_map", KEY}
         return CONFIG_MAPPING[family].from_dict({k: v for k, v in values.items() if k not in own})
     if layout := LAYOUTS.get(values.get("model_type", "")):
-        keys = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id"}
+        keys = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id", KEY}
         return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in keys})
     if values.get("model_type") not in CONFIG_MAPPING and not (trusted and "auto_map" in values):
         raise ValueError(

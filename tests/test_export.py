@@ -13,7 +13,8 @@ import pytest
 import torch
 import yaml
 from huggingface_hub import ModelCard
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from safetensors import safe_open
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dlm_lightning.callbacks.weight_drift import last
 from dlm_lightning.decode.decoder import decode
@@ -44,16 +45,33 @@ def exported(make_exported):
 
 
 @pytest.fixture(scope="module")
-def make_exported(source_folder, small, typed, tmp_path_factory):
-    def make(name, family, recipe, options):
+def trained(source_folder, small, typed, tmp_path_factory):
+    """`trained(family, recipe, options)`: the folder that holds a short run, `run`."""
+
+    def train(family, recipe, options, theta=None, **source):
         folder = tmp_path_factory.mktemp("export")
+        place = source_folder(family, **source)
+        if theta:
+            place = shutil.copytree(place, folder / "source")
+            config = json.loads((place / "config.json").read_text())
+            config["rope_parameters"]["rope_theta"] = theta
+            (place / "config.json").write_text(json.dumps(config))
         words = small(
             trainer__callbacks=KEEP,
             trainer__max_steps=2,
-            model__source=source_folder(family),
+            model__source=place,
             **{f"model__{key}": value for key, value in options.items()},
         )
         assert typed("fit", recipe, *words, "--run", "run", cwd=folder).code == 0
+        return folder
+
+    return train
+
+
+@pytest.fixture(scope="module")
+def make_exported(trained, typed):
+    def make(name, *run):
+        folder = trained(*run)
         said = typed("export", "run", "out", cwd=folder)
         assert (said.code, said.out) == (0, "out\n"), said.err
         return restore(str(folder / "run"))[1].eval(), folder / "out"
@@ -230,6 +248,128 @@ def test_it_is_a_source_like_any_other(name, exported, small, typed, tmp_path):
     said = typed("fit", kind, *words, "--run", "on", cwd=tmp_path)
     assert said.code == 0, said.err
     assert restore(str(tmp_path / "on"))[1].mask_id == recipe.mask_id
+
+
+# In the layouts of published models
+
+ROWS = 151936  # of Qwen's embedding, of which the tokenizer here knows 300
+PUBLISHED = {
+    "sdar": ("qwen3", "block_causal", {"block_size": 4, "mask_token": 151669}),
+    "fast_dllm_v2": ("qwen2", "complementary_mask", {"block_size": 8, "mask_token": 151665}),
+}
+
+
+@pytest.fixture(scope="module")
+def published(trained, typed):
+    """`published(form)`: the recipe of a run from a source with a tied head, the folder, and what was said."""
+
+    @cache
+    def make(form):
+        folder = trained(*PUBLISHED[form], theta=5e5, tied=True, rows=ROWS)
+        said = typed("export", "run", "out", "--as", form, cwd=folder)
+        assert (said.code, said.out) == (0, "out\n"), said.err
+        return restore(str(folder / "run"))[1].eval(), folder / "out", said.err
+
+    return make
+
+
+def test_sglang_and_lmdeploy_find_what_they_read_of_sdar(published):
+    """Names, shapes and keys as in the loading code of SGLang 0.5.23 (srt/models/sdar.py, srt/dllm/config.py) and of
+    LMDeploy 0.18.0 (pytorch/models/sdar.py, pytorch/configurations/sdar.py)."""
+    _, folder, said = published("sdar")
+    config = json.loads((folder / "config.json").read_text())
+    assert config["architectures"][0] == "SDARForCausalLM" and config["model_type"] == "sdar"
+    D, H, G, E, F, V, layers = (config[key] for key in READ)
+    expected = {"model.embed_tokens.weight": (V, D), "model.norm.weight": (D,), "lm_head.weight": (V, D)}
+    for n in range(layers):
+        expected |= {
+            f"model.layers.{n}.{name}.weight": shape
+            for name, shape in {
+                "input_layernorm": (D,), "post_attention_layernorm": (D,),
+                "self_attn.q_proj": (H * E, D), "self_attn.k_proj": (G * E, D), "self_attn.v_proj": (G * E, D),
+                "self_attn.o_proj": (D, H * E), "self_attn.q_norm": (E,), "self_attn.k_norm": (E,),
+                "mlp.gate_proj": (F, D), "mlp.up_proj": (F, D), "mlp.down_proj": (D, F),
+            }.items()
+        }  # fmt: skip
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        assert {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()} == expected  # noqa: SIM118
+    assert (V, config["attention_bias"], config["sliding_window"], config["tie_word_embeddings"]) == (
+        ROWS,
+        False,
+        None,
+        False,
+    )
+    assert (config["block_size"], config["mask_token_id"]) == (4, 151669)
+    assert config["rope_theta"] == config["rope_parameters"]["rope_theta"] and config["rope_scaling"] is None
+    assert AutoConfig.from_pretrained(folder, trust_remote_code=True).rope_theta == 5e5 == config["rope_theta"]
+    assert "`block_size: 4`" in said and "`--dllm-block-length 4`" in said
+    assert "does not fit the layout of Fast-dLLM v2: its layers are those of qwen2" in said
+
+
+READ = (
+    "hidden_size",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "intermediate_size",
+    "vocab_size",
+    "num_hidden_layers",
+)
+
+
+def test_fast_dllm_v2s_own_keys(published):
+    _, folder, said = published("fast_dllm_v2")
+    config = json.loads((folder / "config.json").read_text())
+    assert (config["model_type"], config["architectures"]) == ("Fast_dLLM_Qwen", ["Fast_dLLM_QwenForCausalLM"])
+    assert (config["bd_size"], config["mask_token_id"]) == (8, 151665)
+    assert "It fits the layout of Fast-dLLM v2" in said and "does not fit the layout of SDAR" in said
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_no_row_that_is_no_token_is_ever_the_likeliest(form, published):
+    """Engines take the argmax of all rows. Those of tokens are as they were."""
+    recipe, folder, _ = published(form)
+    model, denoiser = loaded(folder), recipe.denoiser
+    ids_BL = torch.randint(300, (4, 24), generator=torch.Generator().manual_seed(2))
+    ids_BL[:, 12:] = denoiser.mask_id
+    with torch.no_grad():
+        logits = model(input_ids=ids_BL).logits
+        hidden = model.model(input_ids=ids_BL[:, :12]).last_hidden_state
+    assert denoiser.network.config.tie_word_embeddings and not model.config.tie_word_embeddings
+    assert logits.argmax(2).max() < 300 and model.lm_head(3 * torch.randn(999, 32)).argmax(1).max() < 300
+    kept, before = model.lm_head.weight, denoiser.network.lm_head.weight
+    assert torch.equal(kept[:300], before[:300]) and torch.equal(model.model.embed_tokens.weight, before)
+    assert hidden.shape == (4, 12, 32)
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_a_published_layout_decodes_on_plain_transformers_and_is_a_source(form, published):
+    recipe, folder, _ = published(form)
+    plan = read("block", ["stopper.new_tokens=13"])
+    expected = decode(recipe.denoiser, PROMPTS, plan, eos_ids=[recipe.tokenizer.eos_token_id])
+    assert new_tokens(loaded(folder), PROMPTS, max_new_tokens=13) == [row.new_ids for row in expected.rows]
+    source = Source(str(folder))
+    assert source.diffusion == recipe.diffusion and type(source.config) is type(recipe.denoiser.network.config)
+    assert not hasattr(source.config, "dlm")
+
+
+@pytest.mark.parametrize(
+    ("run", "form", "says"),
+    [
+        ("pairs", "sdar", "its layers are those of qwen3, and this model's of llama; it predicts with shift none"),
+        ("a causal context", "fast_dllm_v2", "it reads prompts by whole blocks, and this model token by token"),
+        ("all tokens", "sdar", "it decodes by blocks, and this model has none"),
+        ("blocks", "sdar", "--as sdar does not fit this model: its mask token is 151669, and this model's 300\n"),
+        ("windows in all layers", "sdar", "it has no sliding windows"),
+    ],
+)
+def test_what_does_not_fit_a_published_layout_is_refused_with_the_reason(run, form, says, exported, typed, tmp_path):
+    _, folder = exported(run)
+    said = typed("export", folder.parent / "run", "other", "--as", form, cwd=tmp_path)
+    assert said.code == 1 and says in said.err and not list(tmp_path.iterdir())
+
+
+# The card
 
 
 def test_the_card_says_what_the_runs_files_say(source_folder, typed, small, tmp_path):

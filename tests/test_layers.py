@@ -60,7 +60,12 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "record": {"arms", "timing"},
         "show": {"arms", "record", "timing"},
     },
-    "export": {"__init__": {"block_diffusion", "causal"}, "block_diffusion": {"card"}},
+    "export": {
+        "__init__": {"block_diffusion", "causal", "published", "serving"},
+        "published": {"block_diffusion", "serving"},
+        "block_diffusion": {"card"},
+        "card": {"serving"},
+    },
     "comparison": {"__init__": {"arms", "processes", "request"}},
     "report": {
         "__init__": {"content", "figures", "tables"},

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, GenerationConfig
@@ -17,7 +18,7 @@ from dlm_lightning.module import Recipe
 from dlm_lightning.view import AUTOREGRESSIVE, sees
 
 MODELLING = Path(__file__).with_name("modeling_block_diffusion.py")
-FAMILY = "qwen3", "Qwen3Config", "Qwen3ForCausalLM"  # the names in that file, in whose place a model's own are put
+CONFIG, MODEL = "BlockDiffusionConfig", "BlockDiffusionForCausalLM"  # its classes
 MASK = "<|mask|>"  # what a mask token is called that the tokenizer does not know
 
 
@@ -36,24 +37,37 @@ def check(recipe: Recipe) -> None:
         tokenizer.add_special_tokens({"mask_token": known.get(recipe.mask_id, MASK)})
 
 
-def complete(name: str, recipe: Recipe, folder: Path) -> None:
-    """Write the config that says how the model is read, the code, and the card of a model that is called so."""
+def complete(
+    name: str,
+    recipe: Recipe,
+    folder: Path,
+    model_type: str | None = None,
+    architecture: str = MODEL,
+    keys: Mapping[str, Any] = MappingProxyType({}),
+) -> None:
+    """Write the config that says how the model is read, the code, and the card of a model that is called `name`.
+
+    `model_type`, by default one of our own, `architecture` and further `keys` of the config are a published layout's.
+    """
     denoiser, config = recipe.denoiser, recipe.denoiser.network.config
+    model_type = model_type or layouts.EXPORTED + config.model_type
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
-    own = config.model_type, type(config).__name__, kind.__name__
+    config_class = architecture.removesuffix("ForCausalLM") + "Config"
+    names = {"dlm_qwen3": model_type, "Qwen3Config": type(config).__name__, "Qwen3ForCausalLM": kind.__name__}
     code = MODELLING.read_text(encoding="utf-8")
-    for theirs, ours in zip(FAMILY, own, strict=True):
+    for theirs, ours in {**names, CONFIG: config_class, MODEL: architecture}.items():
         code = code.replace(theirs, ours)
     (folder / MODELLING.name).write_text(code, encoding="utf-8")
     values = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     assert recipe.diffusion is not None
     values |= {
-        "model_type": layouts.EXPORTED + config.model_type,
-        "architectures": ["BlockDiffusionForCausalLM"],
+        "model_type": model_type,
+        "architectures": [architecture],
         "auto_map": {
-            "AutoConfig": f"{MODELLING.stem}.BlockDiffusionConfig",
-            "AutoModelForCausalLM": f"{MODELLING.stem}.BlockDiffusionForCausalLM",
+            "AutoConfig": f"{MODELLING.stem}.{config_class}",
+            "AutoModelForCausalLM": f"{MODELLING.stem}.{architecture}",
         },
+        **keys,
         layouts.KEY: {**asdict(recipe.diffusion), "banned": spans(denoiser.banned_X.tolist())},
     }
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")

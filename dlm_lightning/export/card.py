@@ -11,6 +11,7 @@ import transformers
 from huggingface_hub import ModelCardData
 
 from dlm_lightning import __version__, checkpoint
+from dlm_lightning.export.serving import verdict
 from dlm_lightning.module import Recipe
 from dlm_lightning.report.content import DECODER, PLACES, Run, read_run
 
@@ -55,7 +56,7 @@ def card(recipe: Recipe, name: str) -> str:
         _table("on held-out data | before | after", _likelihood(run, steps)),
         _table("drift of the weights from the source | attention | FFN", _drift(run)),
         _table(f"what it answers, {DECODER} | exact | tokens per forward", _answers(run)),
-        "No serving engine loads this layout; transformers does.",
+        f"## Who can serve it\n\nPlain transformers, by the code in this folder. {verdict(recipe)}",
         f"Made with torch {torch.__version__} and transformers {transformers.__version__}.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -32,6 +32,14 @@ class BlockDiffusionConfig(Qwen3Config):
 
     model_type = "dlm_qwen3"
 
+    @property
+    def rope_theta(self) -> float:
+        """For engines that know no `rope_parameters`; without it they would take another one and say nothing."""
+        rope = getattr(self, "rope_parameters", None) or {}
+        if "rope_theta" not in rope:  # of models that have several
+            raise AttributeError("rope_theta")
+        return rope["rope_theta"]
+
 
 class BlockDiffusionForCausalLM(Qwen3ForCausalLM):
     """The network's own layers and weights. A mask is given to attention, which kernels without masks cannot take."""
