@@ -99,6 +99,12 @@ def _dispatch(argv: list[str]) -> int:
     consolidate = commands.add_parser("consolidate", help="a run's newest checkpoint as a Hugging Face folder")
     consolidate.add_argument("run", metavar="RUN", help="a run folder")
     consolidate.add_argument("--out", metavar="DIR", help="a new folder; default RUN/model")
+    importing = commands.add_parser("import", help="a diffusion model that was trained elsewhere, as a run")
+    importing.add_argument(
+        "source", metavar="FOLDER", help="a Hugging Face folder or hub id: ours, SDAR, Fast-dLLM v2, Dream"
+    )
+    importing.add_argument("overrides", metavar="key=value", nargs="*", help="what the folder does not state")
+    importing.add_argument("--run", metavar="DIR", help="the run folder; default runs/<folder>/<number>")
     export = commands.add_parser("export", help="a run's newest weights as a folder for other tools")
     export.add_argument("run", metavar="RUN", help="a run folder")
     export.add_argument("out", metavar="OUT", help="a new folder")
@@ -149,6 +155,11 @@ def _dispatch(argv: list[str]) -> int:
         from dlm_lightning.consolidate import consolidate as gather
 
         print(gather(args.run, args.out))
+        return 0
+    if args.command == "import":
+        from dlm_lightning.importing import import_model
+
+        print(import_model(args.source, args.overrides, args.run))
         return 0
     if args.command == "export":
         from dlm_lightning.export import export as give

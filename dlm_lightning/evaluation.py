@@ -33,7 +33,7 @@ from dlm_lightning.generate import read, suited
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
 from dlm_lightning.tasks import Question, check_names, questions
-from dlm_lightning.training import quiet, reopen
+from dlm_lightning.training import quiet, reopen, weights
 from dlm_lightning.view import AUTOREGRESSIVE
 
 log = logging.getLogger(__name__)
@@ -60,11 +60,9 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
     check_asked(tasks, prompts)
     began = time.perf_counter()
     run, cli = reopen(folder, *ONE_DEVICE, *overrides)
-    start = checkpoint.newest(run)
-    if start is None:
-        raise FileNotFoundError(f"{folder} has no complete checkpoint to measure")
+    state = weights(folder, "to measure")
     asked = questions(cli.datamodule, list(tasks) if tasks else None, prompts) if prompts else {}
-    found = _likelihood(cli, start)
+    found = _likelihood(cli, state)
     recipe: Recipe = cli.model
     recipe.eval()
     alone = not any(isinstance(parameter, DTensor) for parameter in recipe.parameters())
@@ -80,7 +78,7 @@ def evaluate(folder: str, tasks: Sequence[str] | None = None, prompts: int = 32,
     result = {
         "format": FORMAT,
         "asked": {"tasks": list(tasks) if tasks else None, "prompts": prompts, "overrides": list(overrides)},
-        "step": checkpoint.load(start / checkpoint.STATE)["global_step"],
+        "step": checkpoint.load(Path(state))["global_step"] if state else 0,
         "pattern": vars(recipe.pattern) | {"shift": recipe.shift},
         "work": {"forward_tokens_per_step": forward_tokens_per_step(run, recipe)},
         **found,
@@ -117,7 +115,7 @@ def forward_tokens_per_step(run: Path, recipe: Recipe) -> int:
     return rows * data["row_length"] * recipe.copies
 
 
-def _likelihood(cli: LightningCLI, start: Path) -> dict[str, Any]:
+def _likelihood(cli: LightningCLI, state: str | None) -> dict[str, Any]:
     """What a validation and the callbacks log, `a/b/c` as nested keys."""
     trainer: Any = cli.trainer
     trainer.callbacks = [
@@ -125,9 +123,7 @@ def _likelihood(cli: LightningCLI, start: Path) -> dict[str, Any]:
         Yardstick(),
         Representation(),
     ]
-    trainer.validate(
-        cli.model, cli.datamodule, ckpt_path=str(start / checkpoint.STATE), weights_only=True, verbose=False
-    )
+    trainer.validate(cli.model, cli.datamodule, ckpt_path=state, weights_only=True, verbose=False)
     nested: dict[str, Any] = {}
     for name, value in trainer.callback_metrics.items():
         *path, last = name.split("/")

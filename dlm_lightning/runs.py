@@ -109,3 +109,8 @@ def open_run(folder: str) -> tuple[Path, dict[str, Any]]:
         raise FileNotFoundError(f"{folder} is not a run folder ({CONFIG} or {ORIGIN} is missing)")
     os.environ[RUN_VARIABLE] = str(run)
     return run, json.loads((run / ORIGIN).read_text())
+
+
+def is_imported(folder: str) -> bool:
+    """Whether a run folder holds a model that was trained elsewhere (`dlm import`)."""
+    return bool(open_run(folder)[1].get("imported"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -143,10 +144,24 @@ class Source:
         with self._open(name) as file:
             return file.get_slice(name)[start:stop]
 
+    def shape(self, name: str) -> list[int]:
+        """A tensor's shape."""
+        with self._open(name) as file:
+            return file.get_slice(name).get_shape()
+
     def rows(self, name: str) -> int:
         """The length of a tensor's first dimension."""
-        with self._open(name) as file:
-            return file.get_slice(name).get_shape()[0]
+        return self.shape(name)[0]
+
+    def check(self, name: str, wanted: Sequence[int]) -> None:
+        """ValueError for a tensor that is not there, or not in the shape that the config gives it."""
+        if name not in self:
+            raise ValueError(f"model.source: {self.folder} has no tensor {name}")
+        if self.shape(name) != [*wanted]:
+            raise ValueError(
+                f"model.source: {self.folder}: {name} has shape {self.shape(name)}, "
+                f"and by its config.json it would be {[*wanted]}"
+            )
 
     def _open(self, name: str) -> safe_open:
         """The file that holds a tensor; ValueError if none does."""
@@ -245,9 +260,18 @@ def build(
             )
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
-    network = AutoModelForCausalLM.from_pretrained(
-        source.folder, config=config, attn_implementation=attention, dtype=dtype, trust_remote_code=trusted
+    loading: Any = AutoModelForCausalLM.from_pretrained(
+        source.folder,
+        config=config,
+        attn_implementation=attention,
+        dtype=dtype,
+        trust_remote_code=trusted,
+        ignore_mismatched_sizes=True,
+        output_loading_info=True,
     )
+    network, loaded = loading
+    if wrong := loaded["missing_keys"] or {name for name, *_ in loaded["mismatched_keys"]}:
+        source.check(min(wrong), network.get_parameter(min(wrong)).shape)  # transformers would put random numbers there
     old = config.vocab_size
     if rows != old:
         network.resize_token_embeddings(rows, mean_resizing=False)

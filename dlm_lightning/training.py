@@ -171,10 +171,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
         if runs.is_first_process():
             (run / "checkpoints").mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
-            origin = {"path": str(found.path), "origin": found.origin, "module": found.module}
-            runs.write_origin(run, recipe=found.name, **origin, overrides=list(overrides), cwd=os.getcwd())
-            _pin(cli)
-            cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
+            note(run, found, cli, overrides)
         _train(cli, start)
     except FloatingPointError:  # of a step that was computed, and is noted in the run
         raise
@@ -183,6 +180,14 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
             runs.discard(run)
         raise
     return run
+
+
+def note(run: Path, found: catalog.RecipeFile, cli: LightningCLI, overrides: Sequence[str], **facts: Any) -> None:
+    """Write what a run is to its folder: where its recipe comes from, and the whole config."""
+    origin = {"path": str(found.path), "origin": found.origin, "module": found.module}
+    runs.write_origin(run, recipe=found.name, **origin, overrides=list(overrides), cwd=os.getcwd(), **facts)
+    _pin(cli)
+    cli.parser.save(cli.config, run / runs.CONFIG, skip_none=False, multifile=False, overwrite=True)
 
 
 def _pin(cli: LightningCLI) -> None:
@@ -199,6 +204,8 @@ def resume(folder: str, overrides: Sequence[str] = ()) -> Path:
     Overrides hold for this time only: another number of devices, another strategy.
     """
     quiet()
+    if runs.is_imported(folder):
+        raise ValueError(f"{folder} is an imported model, which was not trained here; `dlm fit` goes on from it")
     run, cli = reopen(folder, *overrides)
     start = checkpoint.newest(run)
     steps = checkpoint.load(start / checkpoint.STATE)["global_step"] if start else 0
@@ -217,28 +224,36 @@ def validate(folder: str) -> Path:
     """Validate a run's newest checkpoint and print what it measures."""
     quiet()
     run, cli = reopen(folder, "--trainer.logger=false")
-    start = checkpoint.newest(run)
-    if start is None:
-        raise FileNotFoundError(f"{folder} has no complete checkpoint to validate")
-    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=str(start / checkpoint.STATE), weights_only=True)
+    state = weights(folder, "to validate")
+    cli.trainer.validate(cli.model, cli.datamodule, ckpt_path=state, weights_only=True)
     return run
+
+
+def weights(folder: str, purpose: str) -> str | None:
+    """The state of a run's newest checkpoint; None for an imported model, whose weights are its source's.
+
+    FileNotFoundError for a run that has none yet.
+    """
+    run, _ = runs.open_run(folder)
+    start = checkpoint.newest(run)
+    if start is None and not runs.is_imported(folder):
+        raise FileNotFoundError(f"{folder} has no complete checkpoint {purpose}")
+    return str(start / checkpoint.STATE) if start else None
 
 
 def restore(folder: str, *overrides: str, path: Path | None = None) -> tuple[Path, Recipe, int]:
     """A run folder, its network on the CPU with the weights of a checkpoint, and its step.
 
-    The checkpoint is at `path`, or the newest complete one.
+    The checkpoint is at `path`, or the newest complete one; an imported model has none, and its source's weights.
     """
     run, cli = reopen(folder, *WITHOUT_DEVICES, *overrides)
     recipe: Recipe = cli.model
-    path = path or checkpoint.newest(run)
-    if path is None:
-        raise FileNotFoundError(f"{folder} has no complete checkpoint to take weights from")
+    state = path / checkpoint.STATE if path else weights(folder, "to take weights from")
     if recipe.source is None:
         recipe.tokenizer = _tokenizer(run, cli.datamodule)
     recipe.trainer = cli.trainer  # whose precision the network is built in
     recipe.configure_model()
-    return run, recipe, checkpoint.load_weights(recipe, path)["global_step"]
+    return run, recipe, checkpoint.load_weights(recipe, Path(state).parent)["global_step"] if state else 0
 
 
 def _tokenizer(run: Path, data: Any) -> Any:

@@ -14,6 +14,7 @@ import torch
 import yaml
 from huggingface_hub import ModelCard
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from dlm_lightning.callbacks.weight_drift import last
@@ -367,6 +368,95 @@ def test_what_does_not_fit_a_published_layout_is_refused_with_the_reason(run, fo
     _, folder = exported(run)
     said = typed("export", folder.parent / "run", "other", "--as", form, cwd=tmp_path)
     assert said.code == 1 and says in said.err and not list(tmp_path.iterdir())
+
+
+# And back again
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_an_export_that_is_imported_decodes_as_before(name, exported, typed, tmp_path):
+    recipe, folder = exported(name)
+    said = typed("import", folder, "--run", "back", cwd=tmp_path)
+    assert (said.code, said.out) == (0, f"{tmp_path / 'back'}\n"), said.err
+    _, back, step = restore(str(tmp_path / "back"))
+    assert step == 0 and back.diffusion == recipe.diffusion
+    plan = read(suited(recipe.denoiser), ["stopper.new_tokens=21"])
+    ends = [recipe.tokenizer.eos_token_id]
+    rows = [decode(one.eval().denoiser, PROMPTS, plan, eos_ids=ends).rows for one in (recipe, back)]
+    assert rows[0] == rows[1]
+    if name == "blocks":
+        assert typed("export", "back", "again", cwd=tmp_path).code == 0
+        for file in ("config.json", "modeling_block_diffusion.py", "tokenizer.json", "generation_config.json"):
+            assert (tmp_path / "again" / file).read_text() == (folder / file).read_text(), file
+        weights = [load_file(place / "model.safetensors") for place in (folder, tmp_path / "again")]
+        assert weights[0].keys() == weights[1].keys()
+        assert all(torch.equal(weights[1][tensor], value) for tensor, value in weights[0].items())
+
+
+@pytest.mark.parametrize("form", PUBLISHED)
+def test_a_published_layout_that_is_imported_decodes_as_before(form, published, typed, tmp_path):
+    """As its authors write it, too: without our own key, what its code fixes holds."""
+    recipe, folder, _ = published(form)
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    del values["dlm"], values["rope_parameters"]
+    (copy / "config.json").write_text(json.dumps(values))
+    assert typed("import", copy, "--run", "back", cwd=tmp_path).code == 0
+    back = restore(str(tmp_path / "back"))[1].eval()
+    assert (back.pattern, back.shift, back.mask_id) == (recipe.pattern, recipe.shift, recipe.mask_id)
+    plan = read("block", ["stopper.new_tokens=13"])
+    ends = [recipe.tokenizer.eos_token_id]
+    found = [row.new_ids for row in decode(back.denoiser, PROMPTS, plan, eos_ids=ends).rows]
+    assert found == [row.new_ids for row in decode(recipe.denoiser, PROMPTS, plan, eos_ids=ends).rows]
+
+
+@pytest.mark.parametrize("max_shard_size", ["5GB", "20KB"])
+def test_an_imported_model_is_measured_like_a_run(max_shard_size, exported, corpus, typed, tmp_path):
+    _, folder = exported("pairs")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    if max_shard_size != "5GB":
+        loaded(folder).save_pretrained(copy, max_shard_size=max_shard_size)
+        (copy / "model.safetensors").unlink()
+        assert len(list(copy.glob("*.safetensors"))) > 2
+    words = [f"data.paths=[{corpus}]", "data.row_length=24", "data.val_rows=4", "data.batch_size=2"]
+    said = typed("import", copy, *words, "--run", "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    said = typed("generate", "run", "--prompt", "the quick", "stopper.new_tokens=8", cwd=tmp_path)
+    assert said.code == 0 and said.out.startswith("the quick"), said.err
+    assert typed("validate", "run", cwd=tmp_path).code == 0
+    said = typed("drift", folder, "run", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert all(set(line.split()[1:-1]) <= {"0", "1"} for line in said.out.splitlines() if line.strip().startswith("q "))
+    said = typed("eval", "run", "--prompts", "0", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 0
+    said = typed("resume", "run", cwd=tmp_path)
+    assert said.code == 1 and "run is an imported model, which was not trained here" in said.err
+
+
+def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_folder, typed, tmp_path):
+    _, folder = exported("blocks")
+    copy = shutil.copytree(folder, tmp_path / "copy")
+    weights = load_file(copy / "model.safetensors")
+    name = "model.layers.1.mlp.up_proj.weight"
+    save_file({n: w for n, w in weights.items() if n != name}, copy / "model.safetensors", metadata={"format": "pt"})
+    llada = shutil.copytree(source_folder(), tmp_path / "llada")
+    (llada / "config.json").write_text(json.dumps({"model_type": "llada", "d_model": 32, "mask_token_id": 299}))
+    dream = shutil.copytree(source_folder("qwen2"), tmp_path / "dream")
+    values = json.loads((dream / "config.json").read_text())
+    (dream / "config.json").write_text(json.dumps(values | {"model_type": "Dream"}))
+    for place, says in (
+        (copy, f"has no tensor {name}"),
+        (source_folder(), "says nothing of diffusion; an autoregressive model is converted by `dlm fit`"),
+        ("nowhere", "there is no folder nowhere"),
+        (llada, "is of model_type llada, which transformers does not know"),
+        (dream, "model.mask_token must be named: the source does not state the one"),
+    ):
+        said = typed("import", place, "--run", "run", cwd=tmp_path)
+        assert said.code == 1 and says in said.err, said.err
+        assert not (tmp_path / "run").exists()
+    assert typed("import", dream, "model.mask_token=299", "--run", "run", cwd=tmp_path).code == 0
+    assert restore(str(tmp_path / "run"))[1].mask_id == 299
 
 
 # The card

@@ -29,7 +29,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"training"}),
     (4, {"allocator", "consolidate", "drift_between"}),
     (4, {"rehearsal"}),
-    (4, {"picture", "summary", "plan", "probe", "replay", "generate", "tasks"}),
+    (4, {"picture", "summary", "plan", "probe", "importing", "replay", "generate", "tasks"}),
     (4, {"evaluation", "harness", "bench"}),
     (4, {"report"}),
     (4, {"export"}),

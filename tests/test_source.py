@@ -299,3 +299,22 @@ def test_the_licence_is_what_the_readme_states(readme, licence, folder):
     if readme is not None:
         (folder / "README.md").write_text(readme)
     assert Source(str(folder)).licence == licence
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_tensor_that_is_missing_or_of_another_shape_is_named(source_folder, tmp_path, tied):
+    """Where transformers would go on with random numbers."""
+    folder = shutil.copytree(source_folder("qwen3", tied), tmp_path / "source")
+    weights = load_file(folder / "model.safetensors")
+    name = "model.layers.1.self_attn.k_norm.weight"
+    for changed, says in (
+        ({n: w for n, w in weights.items() if n != name}, rf"{folder} has no tensor {name}$"),
+        (
+            weights | {name: torch.zeros(5)},
+            rf"{folder}: {name} has shape \[5\], and by its config.json it would be \[8\]",
+        ),
+    ):
+        save_file(changed, folder / "model.safetensors", metadata={"format": "pt"})
+        source = Source(str(folder))
+        with pytest.raises(ValueError, match=says):
+            build(source.config, source, "eager")

@@ -35,9 +35,10 @@ def card(recipe: Recipe, name: str) -> str:
     """The README.md of a model that is called so; of its source, the licence is carried over."""
     folder = Path(recipe.trainer.default_root_dir)
     run, newest = read_run(folder), checkpoint.newest(folder)
-    assert newest is not None  # its weights were read
-    content = checkpoint.load(newest / checkpoint.STATE)
-    facts, steps = content[checkpoint.FACTS], content["global_step"]
+    facts, steps = recipe.reading(), 0  # of a model that was not trained here
+    if newest:
+        content = checkpoint.load(newest / checkpoint.STATE)
+        facts, steps = content[checkpoint.FACTS], content["global_step"]
     source = recipe.source_name if _on_the_hub(recipe.source_name) else None
     front = ModelCardData(
         license=recipe.source.licence if recipe.source else None,
@@ -83,16 +84,17 @@ def _decoding(recipe: Recipe) -> str:
 
 def _trained(recipe: Recipe, run: Run, facts: dict[str, Any], steps: int) -> Iterator[tuple[str, str]]:
     """What the checkpoint and the run's config state, without what lies on this machine."""
-    batch, length = facts["global batch size"], run.config["data.row_length"]
-    yield "steps", f"{steps:,}" + (f" of {run.config['trainer.max_steps']:,}" if run.unfinished else "")
-    yield "tokens in rows", f"{steps * batch * length:,} ({batch} rows of {length:,} a step)"
-    yield "tokens through the network", f"{steps * batch * length * recipe.copies:,}"
-    yield "precision", str(run.config["trainer.precision"])
+    if steps:
+        batch, length = facts["global batch size"], run.config["data.row_length"]
+        yield "steps", f"{steps:,}" + (f" of {run.config['trainer.max_steps']:,}" if run.unfinished else "")
+        yield "tokens in rows", f"{steps * batch * length:,} ({batch} rows of {length:,} a step)"
+        yield "tokens through the network", f"{steps * batch * length * recipe.copies:,}"
+        yield "precision", str(run.config["trainer.precision"])
     for key, value in facts.items():
         if key.startswith("model.") and key != "model.source" and (text := _shown(value)):
             yield f"`{key}`", text
     for key, value in run.config.items():
-        if key.startswith("data.") and key not in PLACES and (text := _shown(value)):
+        if steps and key.startswith("data.") and key not in PLACES and (text := _shown(value)):
             yield f"`{key}`", text
 
 
