@@ -1,6 +1,7 @@
 # make demo   the main job on embedded real data          make check      linter, formatter, types
 # make test   the tests not marked slow                   make test-all   also the slow ones
 # make dev    only the environment, .venv                 make fuzz       recipes and command lines at random, CASES= SEED=
+# make docs   the documents as HTML, in build/docs
 # make study-sources, study, study-full   do the papers' findings hold here? an hour, an hour and a half, and two more
 # make chaos  100 kills, an hour (docs/results/reliability.md)
 SHELL := /bin/bash
@@ -12,7 +13,7 @@ export HF_HUB_OFFLINE ?= 1
 # the environment is installed uncompiled, which halves its time; python keeps what it compiles at the first import
 export PYTHONDONTWRITEBYTECODE :=
 
-.PHONY: dev demo test test-all test-slow fuzz chaos check study-sources study study-full
+.PHONY: dev docs demo test test-all test-slow fuzz chaos check study-sources study study-full
 dev: .venv/ready
 
 .venv/ready: pyproject.toml constraints.txt
@@ -56,6 +57,11 @@ chaos: dev
 # As many cases of each property as CASES says, the same ones for the same SEED; in the tests there are 40.
 fuzz: dev
 	DLM_FUZZ_CASES=$(CASES) $(BIN)/pytest -n 0 --timeout 7200 --hypothesis-seed $(SEED) --hypothesis-show-statistics tests/test_fuzz.py
+
+# The documents and a reference from docstrings as HTML, in build/docs; a link that leads nowhere is an error.
+docs: dev
+	$(BIN)/sphinx-build --quiet --fail-on-warning --jobs auto docs build/docs
+	@echo build/docs/index.html
 
 check: dev
 	$(BIN)/ruff check .

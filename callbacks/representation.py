@@ -21,11 +21,12 @@ STREAMS = ("clean", "masked")
 class Representation(L.Callback):
     """Compares hidden states with the source's at each validation, token by token, in several layers.
 
-    representation/<stream>/<metric>/<layer>, layers counted from 1, where a stream is
+    representation/<stream>/<metric>/<layer>, layers counted from 1, where a stream is:
     clean: clear text read causally, as the source reads it.
     masked: the states that masked tokens are predicted from, under the pattern's own NELBO noise, beside the state
         that the source predicts the same token from.
-    and a metric is: cka, linear, 1 for the same up to rotation and scale; rankme and alpha_req, of the model's states;
+
+    The metrics are cka, linear, 1 for the same up to rotation and scale; rankme and alpha_req, of the model's states;
     source_rankme and source_alpha_req, of the source's, clean stream only (see `representation`).
 
     It builds the source a second time, whole on every device, at the first validation. A recipe without a source is

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -71,3 +73,41 @@ def test_plans_and_their_keys_in_commands_exist(path):
 def test_the_table_of_decoders_is_whole():
     rows = re.findall(r"^\| `(\w+)` \| .* \| (?:yes|no) \|", (ROOT / "docs" / "decoding.md").read_text(), re.M)
     assert set(rows) == set(catalog.plans())
+
+
+# The site
+
+
+@pytest.fixture(scope="module")
+def site(tmp_path_factory) -> Path:
+    """The documents as `make docs` builds them: a warning, such as a link that leads nowhere, is an error."""
+    folder = tmp_path_factory.mktemp("site")
+    words = ["sphinx-build", "--quiet", "--fail-on-warning", "docs", str(folder)]
+    done = subprocess.run(
+        [Path(sys.executable).parent / words[0], *words[1:]], cwd=ROOT, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    return folder
+
+
+def test_every_page_is_on_the_site(site):
+    pages = {path.relative_to(ROOT / "docs").with_suffix(".html") for path in (ROOT / "docs").rglob("*.md")}
+    assert len(pages) > 20 and all((site / page).is_file() for page in pages)
+    index = (site / "index.html").read_text()
+    assert all(f'href="{page}"' in index for page in map(str, pages - {Path("index.html")})), "each is in the contents"
+
+
+@pytest.mark.parametrize(
+    ("package", "bases"),
+    [
+        ("dlm_lightning.recipes", ("Recipe",)),
+        ("dlm_lightning.decode", ("Selector", "Reuse", "Prefix")),
+        *catalog.PLUGINS.values(),
+    ],
+)
+def test_the_reference_has_every_class_that_a_yaml_may_name(site, package, bases):
+    text = "".join(path.read_text() for path in (site / "reference").glob("*.html"))
+    found = [path for path, _ in catalog.classes(package, bases)]
+    assert len(found) > 3
+    for path in found:
+        assert f'id="{path}"' in text, path
