@@ -82,6 +82,8 @@ def drift_table(groups: dict[str, dict[str, float]], title: str) -> Table:
 
 def opened(place: str) -> Weights:
     """The weights at a place."""
+    if not place.strip():
+        raise ValueError("drift is between two places, and one of them has no name")
     path = Path(place).expanduser()
     if (path / checkpoint.STATE).exists():
         manifest.verify(path)

@@ -199,6 +199,27 @@ def test_a_config_that_was_tampered_with_is_refused_by_the_key(key, tampering, e
         loaded(copy)
 
 
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("contxt", 1, r"^config\.json: there is no key dlm\.contxt"),
+        ("banned", [5], "dlm.banned"),
+        ("banned", [["a", "b"]], "dlm.banned"),
+        ("banned", [[300, 9999]], "dlm.banned"),
+        ("banned", [[9, 3]], "dlm.banned"),
+        ("block_size", 4.0, "dlm.block_size"),
+        ("mask_id", 301, "dlm.mask_id"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused_by_its_key(key, value, says, exported, tmp_path):
+    copy = shutil.copytree(exported("blocks")[1], tmp_path / "copy")
+    values = json.loads((copy / "config.json").read_text())
+    values["dlm"][key] = value
+    (copy / "config.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=says):
+        loaded(copy)
+
+
 def test_a_config_without_a_word_on_diffusion_is_refused(exported, tmp_path):
     copy = shutil.copytree(exported("blocks")[1], tmp_path / "copy")
     values = json.loads((copy / "config.json").read_text())
@@ -212,14 +233,64 @@ def test_a_config_without_a_word_on_diffusion_is_refused(exported, tmp_path):
     ("prompts", "options", "says"),
     [
         ([[300, 4]], {}, "prompt 0 is empty or begins with the mask"),
+        ([[4, 5]], {"attention_mask": torch.tensor([[0, 0]])}, "prompt 0 is empty"),
+        ([[4] * 250], {"max_new_tokens": 7}, "250 tokens and 7 are to come; the model has 256 positions"),
+        ([[4, 999]], {}, r"input_ids must be a tensor \[B, S\] of tokens below 301"),
+        ([4, 5], {}, "input_ids must be a tensor"),
+        ([[4, 5]], {"attention_mask": torch.ones(1, 3)}, "attention_mask must have the shape of input_ids"),
         ([[4, 5]], {"threshold": 0}, "threshold must lie in"),
-        ([[4, 5]], {"forwards": 0}, "forwards be 1 or more"),
-        ([[4, 5]], {"max_new_tokens": -1}, "nothing negative"),
+        ([[4, 5]], {"top_p": 0}, "top_p must lie in"),
+        ([[4, 5]], {"top_k": 0}, "top_k must be a whole number, at least 1"),
+        ([[4, 5]], {"top_k": -3}, "top_k must be a whole number, at least 1"),
+        ([[4, 5]], {"temperature": float("nan")}, "temperature must be at least 0"),
+        ([[4, 5]], {"seed": 1.5}, "seed a whole number"),
+        ([[4, 5]], {"forwards": 8}, "block_size and forwards are not asked for: this model has blocks of 4"),
+        ([[4, 5]], {"max_new_tokens": -1}, "max_new_tokens must be a whole number, at least 0"),
+        ([[4, 5]], {"max_new_tokens": 8.0}, "max_new_tokens must be a whole number"),
+        ([[4, 5]], {"do_sample": True, "num_beams": 4}, "takes no do_sample, num_beams$"),
     ],
 )
 def test_what_cannot_be_decoded_is_refused(prompts, options, says, exported):
-    with pytest.raises(ValueError, match=says):
+    with pytest.raises((ValueError, TypeError), match=says):
         loaded(exported("blocks")[1]).generate(torch.tensor(prompts), **options)
+
+
+def test_what_asks_for_nothing_else_is_taken(exported):
+    model, prompt = loaded(exported("blocks")[1]), torch.tensor(PROMPTS[:1])
+    expected = model.generate(prompt, max_new_tokens=5)
+    asked = {
+        "do_sample": False,
+        "num_beams": 1,
+        "use_cache": True,
+        "streamer": None,
+        "token_type_ids": torch.zeros(1, 7),
+    }
+    assert torch.equal(model.generate(prompt.int(), max_new_tokens=5, **asked), expected)
+    model.generation_config.max_new_tokens = 5
+    assert torch.equal(model.generate(prompt), expected)
+    model.generation_config.eos_token_id = model.generation_config.pad_token_id = None
+    assert model.generate(prompt).shape == (1, 12)
+    assert model.generate(prompt[:0]).shape == (0, 7)
+
+
+def test_there_is_no_loss_that_would_mislead(exported):
+    model, prompt = loaded(exported("blocks")[1]), torch.tensor(PROMPTS[:1])
+    with pytest.raises(ValueError, match="this model has no loss of its own"):
+        model(input_ids=prompt, labels=prompt)
+
+
+@pytest.mark.parametrize("new", [0, 6])
+@pytest.mark.parametrize("name", ["blocks", "pairs", "all tokens"])
+def test_masks_in_a_prompt_are_filled_in(name, new, exported):
+    recipe, folder = exported(name)
+    prompt = [5, 17, 300, 41, 300, 300, 78]
+    plan = read(suited(recipe.denoiser), [f"stopper.new_tokens={new}", "stopper.eos=false"])
+    expected = decode(recipe.denoiser, [prompt], plan).rows[0].ids
+    model = loaded(folder)
+    model.generation_config.eos_token_id = None
+    batch = {"input_ids": torch.tensor([[0, 0, *prompt]]), "attention_mask": torch.tensor([[0, 0] + [1] * 7])}
+    assert model.generate(**batch, max_new_tokens=new).tolist() == [[0, 0, *expected]]
+    assert 300 not in expected and len(expected) == 7 + new
 
 
 def test_padding_on_either_side_changes_nothing(exported):
@@ -523,6 +594,19 @@ def test_as_a_causal_model(family, tied, adapters, source_folder, make_batch, ty
         hidden = denoiser._hidden(view, view)
         expected = denoiser.network.get_output_embeddings()(hidden)
     assert expected.shape[2] > 300 and torch.allclose(logits, expected[..., :300], atol=1e-4)
+
+
+def test_a_causal_export_of_a_source_that_was_trained_here_has_no_mask_row(finished, small, typed, tmp_path):
+    """Its own training left a row for the mask token, the last one, and no source of such a source knows that."""
+    words = small(trainer__callbacks=KEEP, trainer__max_steps=1)
+    for arguments in (
+        ("fit", "ar_source", *[word for word in words if "model.source" not in word], "--run", "run"),
+        ("export", "run", "causal", "--as", "ar"),
+    ):
+        said = typed(*arguments, cwd=tmp_path)
+        assert said.code == 0, said.err
+    rows = json.loads((tmp_path / "causal" / "config.json").read_text())["vocab_size"]
+    assert rows == len(AutoTokenizer.from_pretrained(tmp_path / "causal"))
 
 
 def test_a_folder_that_holds_something_is_left_alone(finished, typed, tmp_path):

@@ -25,6 +25,7 @@ from transformers import DynamicCache, Qwen3Config, Qwen3ForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
 DRAWS = 10  # names the stream of random numbers
+IGNORED, ONE = ("token_type_ids", "use_cache"), ("num_beams", "num_return_sequences")  # of what transformers' own takes
 
 
 class BlockDiffusionConfig(Qwen3Config):
@@ -64,8 +65,10 @@ class BlockDiffusionForCausalLM(Qwen3ForCausalLM):
         """Logits of tokens [B, S], which come after those in the cache; of masks, at the position that predicts them.
 
         `attention_mask` [B, K] is 0 for padding. The block at position `start` is being filled in, by default that of a
-        row's first mask; what lies before it is its context.
+        row's first mask; what lies before it is its context. There is no loss: one for the next token would mislead.
         """
+        if options.get("labels") is not None:
+            raise ValueError("this model has no loss of its own; how it was trained, the code that exported it knows")
         past = past_key_values.get_seq_length() if past_key_values is not None else 0
         B, S = input_ids.shape
         there_BK = torch.ones(B, past + S, device=input_ids.device) if attention_mask is None else attention_mask
@@ -129,40 +132,48 @@ class BlockDiffusionForCausalLM(Qwen3ForCausalLM):
         self,
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
-        max_new_tokens: int = 128,
+        max_new_tokens: int | None = None,
         threshold: float = 0.9,
-        block_size: int = 32,
-        forwards: int = 16,
+        block_size: int | None = None,
+        forwards: int | None = None,
         temperature: float = 0.0,
         top_p: float = 1.0,
         top_k: int | None = None,
         seed: int = 0,
+        **others: Any,
     ) -> Tensor:
         """Continue prompts [B, S], a row after the other; returns them with their new tokens, padded on the right.
 
         Args:
             input_ids: prompts. Masks in them are filled in, too.
-            attention_mask: 0 for the padding of prompts, on either side.
-            max_new_tokens: at most; a row ends with its first end-of-text token.
+            attention_mask: 0 for the padding of prompts, which belongs on the left.
+            max_new_tokens: at most, 128 if the generation config does not say; a row ends with its first end-of-text
+                token.
             threshold: a forward fills in every mask of its block whose token is likelier, and at least the likeliest.
-            block_size, forwards: of a model whose tokens all see each other: it fills in blocks of so many tokens, each
-                in so many forwards.
+            block_size, forwards: of a model whose tokens all see each other: it fills in blocks of so many tokens (32),
+                each in so many forwards (16).
             temperature, top_p, top_k, seed: how tokens are drawn; 0 takes the likeliest.
+            **others: what transformers knows besides is refused, unless it asks for nothing.
         """
-        if not 0 < threshold <= 1 or min(block_size, forwards) < 1 or max_new_tokens < 0 or temperature < 0:
-            raise ValueError("threshold must lie in (0, 1], block_size and forwards be 1 or more, and nothing negative")
+        dlm, config = self.config.dlm, self.generation_config
+        if max_new_tokens is None:
+            max_new_tokens = 128 if config.max_new_tokens is None else config.max_new_tokens
+        if dlm["block_size"] is not None and (block_size, forwards) != (None, None):
+            raise ValueError(f"block_size and forwards are not asked for: this model has blocks of {dlm['block_size']}")
+        size, forwards = 32 if block_size is None else block_size, 16 if forwards is None else forwards
+        check_asked(others, max_new_tokens, threshold, size, forwards, temperature, top_p, top_k, seed)
+        check_prompts(self.config, input_ids, attention_mask, max_new_tokens)
         rows = []
-        for number, row_S in enumerate(input_ids):
-            prompt_S = row_S if attention_mask is None else row_S[attention_mask[number].bool()]
-            if not len(prompt_S) or prompt_S[0] == self.config.dlm["mask_id"]:
-                raise ValueError(f"prompt {number} is empty or begins with the mask; a first token cannot be predicted")
+        for number, row_S in enumerate(input_ids.long()):
+            there_S = torch.ones_like(row_S) if attention_mask is None else attention_mask[number]
+            prompt_S = row_S[there_S.bool()]
             draw = {"temperature": temperature, "top_p": top_p, "top_k": top_k, "seed": seed, "number": number}
-            options = (threshold, block_size, forwards)
-            new_N = self._row(prompt_S, max_new_tokens, options, draw)[len(prompt_S) :]
-            rows.append(torch.cat([row_S, new_N]))
-        pad = self.generation_config.pad_token_id
-        pad = self._ends(row_S.device)[:1] if pad is None else pad
-        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=int(pad))
+            ids_L = self._row(prompt_S, max_new_tokens, (threshold, size, forwards), draw)
+            filled_S = row_S.masked_scatter(there_S.bool(), ids_L[: len(prompt_S)])
+            rows.append(torch.cat([filled_S, ids_L[len(prompt_S) :]]))
+        pad = config.pad_token_id
+        pad = next(iter(self._ends(input_ids.device).tolist()), 0) if pad is None else pad
+        return torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=pad) if rows else input_ids
 
     def _row(self, prompt_S: Tensor, new: int, options: tuple[float, int, int], draw: dict[str, Any]) -> Tensor:
         """A prompt and its new tokens."""
@@ -242,6 +253,50 @@ def _drawn(
     return token_NV.gather(1, place_N.clamp(max=kept_NV.sum(1) - 1)[:, None])[:, 0]
 
 
+def check_asked(
+    others: dict[str, Any],
+    new: int,
+    threshold: float,
+    size: int,
+    forwards: int,
+    temperature: float,
+    top_p: float,
+    top_k: int | None,
+    seed: int,
+) -> None:
+    """TypeError or ValueError, naming it, for what `generate` does not take."""
+    nothing = {name for name, value in others.items() if value is None or value is False or name in IGNORED}
+    nothing |= {name for name, value in others.items() if name in ONE and value == 1}
+    if unknown := sorted(others.keys() - nothing):
+        raise TypeError(f"generate of a block diffusion model takes no {', '.join(unknown)}")
+    whole = {"max_new_tokens": (new, 0), "block_size": (size, 1), "forwards": (forwards, 1), "top_k": (top_k or 1, 1)}
+    for name, (value, least) in whole.items():
+        if type(value) is not int or value < least or (name, top_k) == ("top_k", 0):
+            raise ValueError(f"{name} must be a whole number, at least {least}")
+    for name, share in {"threshold": threshold, "top_p": top_p}.items():
+        if not 0 < share <= 1:
+            raise ValueError(f"{name} must lie in (0, 1]")
+    if not 0 <= temperature < float("inf") or type(seed) is not int:
+        raise ValueError("temperature must be at least 0, and seed a whole number")
+
+
+def check_prompts(config: Any, input_ids: Tensor, attention_mask: Tensor | None, new: int) -> None:
+    """ValueError, naming the reason, for prompts that cannot be continued by so many tokens."""
+    if input_ids.ndim != 2 or not ((input_ids >= 0) & (input_ids < config.vocab_size)).all():
+        raise ValueError(f"input_ids must be a tensor [B, S] of tokens below {config.vocab_size}")
+    there_BS = torch.ones_like(input_ids) if attention_mask is None else attention_mask
+    if there_BS.shape != input_ids.shape:
+        raise ValueError("attention_mask must have the shape of input_ids")
+    positions = getattr(config, "max_position_embeddings", None)
+    for number, (row_S, row_there_S) in enumerate(zip(input_ids, there_BS.bool(), strict=True)):
+        prompt_S = row_S[row_there_S]
+        if not len(prompt_S) or prompt_S[0] == config.dlm["mask_id"]:
+            raise ValueError(f"prompt {number} is empty or begins with the mask; a first token cannot be predicted")
+        if positions and len(prompt_S) + new > positions:
+            much = f"has {len(prompt_S)} tokens and {new} are to come"
+            raise ValueError(f"prompt {number} {much}; the model has {positions} positions")
+
+
 def check(config: Any) -> None:
     """ValueError, naming the key, for a config that does not say how the model is read."""
     dlm = getattr(config, "dlm", None)
@@ -254,8 +309,18 @@ def check(config: Any) -> None:
         "context_rank": dlm.get("context_rank") not in ("block", "causal"),
         "shift": dlm.get("shift") not in ("none", "next_token"),
         "mask_id": type(dlm.get("mask_id")) is not int or not 0 <= dlm["mask_id"] < config.vocab_size,
-        "banned": not isinstance(dlm.get("banned"), list) or not all(len(span) == 2 for span in dlm["banned"]),
+        "banned": not isinstance(dlm.get("banned"), list)
+        or not all(
+            isinstance(span, list)
+            and [type(end) for end in span] == [int, int]
+            and 0 <= span[0] < span[1]
+            and span[1] <= config.vocab_size
+            for span in dlm["banned"]
+        ),
     }
+    for key in dlm:
+        if key not in wrong:
+            raise ValueError(f"config.json: there is no key dlm.{key}")
     for key, is_wrong in wrong.items():
         if is_wrong:
             raise ValueError(f"config.json: dlm.{key} is missing or is none that there is: {dlm.get(key)}")
