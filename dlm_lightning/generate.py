@@ -135,11 +135,13 @@ def suited(denoiser: Denoiser) -> str:
 
 
 def read(name: str, overrides: Sequence[str]) -> Plan:
-    """The plan of a name or of a YAML's path, with overrides `key=value`."""
+    """The plan of a name or of a YAML's path, with overrides `key=value`; classes may lie beside the YAML."""
     path = Path(name).expanduser()
     if path.suffix in (".yaml", ".yml"):
         if not path.is_file():
             raise FileNotFoundError(f"there is no plan file {name}")
+        if (place := str(path.parent.resolve())) not in sys.path:
+            sys.path.insert(0, place)
     elif name in (known := plans()):
         path = known[name]
     else:
