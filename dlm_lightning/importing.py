@@ -49,6 +49,6 @@ def _check_tensors(model: Source, config: PretrainedConfig) -> None:
     """Refuse a folder without all tensors that its config asks for, before a run is made of it."""
     check_convertible(config)
     with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config)
+        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     for name, parameter in network.named_parameters():  # of tied ones, the first
         model.check(name, parameter.shape)
