@@ -406,12 +406,10 @@ def test_no_row_that_is_no_token_is_ever_the_likeliest(form, published):
     ids_BL[:, 12:] = denoiser.mask_id
     with torch.no_grad():
         logits = model(input_ids=ids_BL).logits
-        hidden = model.model(input_ids=ids_BL[:, :12]).last_hidden_state
     assert denoiser.network.config.tie_word_embeddings and not model.config.tie_word_embeddings
     assert logits.argmax(2).max() < 300 and model.lm_head(3 * torch.randn(999, 32)).argmax(1).max() < 300
     kept, before = model.lm_head.weight, denoiser.network.lm_head.weight
     assert torch.equal(kept[:300], before[:300]) and torch.equal(model.model.embed_tokens.weight, before)
-    assert hidden.shape == (4, 12, 32)
 
 
 @pytest.mark.parametrize("form", PUBLISHED)
@@ -457,6 +455,8 @@ def test_an_export_that_is_imported_decodes_as_before(name, exported, typed, tmp
     assert rows[0] == rows[1]
     if name == "blocks":
         assert typed("export", "back", "again", cwd=tmp_path).code == 0
+        card = (tmp_path / "again" / "README.md").read_text()
+        assert "which was not trained here" in card and "converted from" not in card
         for file in ("config.json", "modeling_block_diffusion.py", "tokenizer.json", "generation_config.json"):
             assert (tmp_path / "again" / file).read_text() == (folder / file).read_text(), file
         weights = [load_file(place / "model.safetensors") for place in (folder, tmp_path / "again")]
@@ -497,7 +497,8 @@ def test_an_imported_model_is_measured_like_a_run(max_shard_size, exported, corp
     assert typed("validate", "run", cwd=tmp_path).code == 0
     said = typed("drift", folder, "run", cwd=tmp_path)
     assert said.code == 0, said.err
-    assert all(set(line.split()[1:-1]) <= {"0", "1"} for line in said.out.splitlines() if line.strip().startswith("q "))
+    moved = [line.split() for line in said.out.splitlines() if line.strip().startswith(("q ", "down ", "all "))]
+    assert len(moved) == 3 and all(float(number) == 0 for row in moved for number in row[1:3])
     said = typed("eval", "run", "--prompts", "0", cwd=tmp_path)
     assert said.code == 0, said.err
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 0

@@ -49,7 +49,7 @@ def card(recipe: Recipe, name: str) -> str:
     )
     parts = [
         f"---\n{front.to_yaml()}\n---\n\n# {name}",
-        f"A diffusion language model, {_origin(recipe)} by the recipe `{run.recipe}` of dlm_lightning {__version__}. "
+        f"A diffusion language model, {_origin(recipe, run, steps)}. "
         "It fills in several masked tokens per forward pass.",
         USE.format(name=name),
         f"`generate` decodes {_decoding(recipe)}.",
@@ -67,12 +67,13 @@ def _on_the_hub(source: str | None) -> bool:
     return source is not None and source.count("/") == 1 and not Path(source).expanduser().exists()
 
 
-def _origin(recipe: Recipe) -> str:
+def _origin(recipe: Recipe, run: Run, steps: int) -> str:
+    by = f"by the recipe `{run.recipe}` of dlm_lightning {__version__}"
     if recipe.source is None:
-        return "trained from scratch"
-    if _on_the_hub(recipe.source_name):
-        return f"converted from `{recipe.source_name}`"
-    return f"converted from a local {recipe.source.config.model_type} model (weights `{recipe.source.fingerprint()}`)"
+        return f"trained from scratch {by}"
+    local = f"a local {recipe.source.config.model_type} model (weights `{recipe.source.fingerprint()}`)"
+    source = f"`{recipe.source_name}`" if _on_the_hub(recipe.source_name) else local
+    return f"converted from {source} {by}" if steps else f"that of {source}, which was not trained here"
 
 
 def _decoding(recipe: Recipe) -> str:
