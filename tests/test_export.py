@@ -497,7 +497,8 @@ def test_an_imported_model_is_measured_like_a_run(max_shard_size, exported, corp
     assert typed("validate", "run", cwd=tmp_path).code == 0
     said = typed("drift", folder, "run", cwd=tmp_path)
     assert said.code == 0, said.err
-    moved = [line.split() for line in said.out.splitlines() if line.strip().startswith(("q ", "down ", "all "))]
+    table = [line.replace("│", " ").split() for line in said.out.splitlines()]
+    moved = [row for row in table if row[:1] in (["q"], ["down"], ["all"])]
     assert len(moved) == 3 and all(float(number) == 0 for row in moved for number in row[1:3])
     said = typed("eval", "run", "--prompts", "0", cwd=tmp_path)
     assert said.code == 0, said.err
