@@ -32,14 +32,14 @@ def folder(recipe: str, pretrained: bool, seed: int) -> Path:
     return RUNS / f"{recipe}-{'source' if pretrained else 'random'}-{seed}"
 
 
-def fit(recipe: str, pretrained: bool, seed: int, threads: int) -> None:
+def fit(recipe: str, pretrained: bool, seed: int, threads: int, trial: list[str]) -> None:
     """Run a recipe as it is, with its seed and its start; continues a run that was cut off."""
     run = folder(recipe, pretrained, seed)
     if run.is_dir() and done(run):
         return
     dlm = [sys.executable, "-m", "dlm_lightning.cli"]
     start = [f"seed_everything={seed}", f"data.seed={seed}", f"model.pretrained={str(pretrained).lower()}"]
-    words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *start, "--run", str(run)]
+    words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *start, *trial, "--run", str(run)]
     subprocess.run([*dlm, *words], check=True, env={**os.environ, "OMP_NUM_THREADS": str(threads)})
 
 
@@ -99,12 +99,13 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="runs at a time")
     parser.add_argument("--table-only", action="store_true")
     parser.add_argument("--out", type=Path, default=OUT, help="the file whose table is replaced")
-    args = parser.parse_args()
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    args = parser.parse_intermixed_args()
     if not args.table_only:
         threads = max(1, (os.cpu_count() or 1) // args.jobs)
         arms = [(recipe, start, seed) for seed in range(args.seeds) for recipe in RECIPES for start in (True, False)]
         with ThreadPoolExecutor(args.jobs) as pool:
-            list(pool.map(lambda arm: fit(*arm, threads), arms))
+            list(pool.map(lambda arm: fit(*arm, threads, args.words), arms))
     text = args.out.read_text() if args.out.is_file() else "<!-- table -->\n<!-- end -->\n"
     before, rest = text.split("<!-- table -->")
     after = rest.split("<!-- end -->")[1]

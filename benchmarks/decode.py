@@ -99,11 +99,13 @@ class Arm:
         return {name: value for name, value in vars(self).items() if name != "act"}
 
 
-def fit() -> None:
+def fit(trial: list[str]) -> None:
     """Train what is missing, each conversion from the source; continues a run that was cut off."""
     for name in (SOURCE, *CONVERSIONS):
         run = RUNS / name
-        words = ["resume", str(run)] if run.is_dir() else ["fit", str(RECIPES / f"{name}.yaml"), "--run", str(run)]
+        words = (
+            ["resume", str(run)] if run.is_dir() else ["fit", str(RECIPES / f"{name}.yaml"), *trial, "--run", str(run)]
+        )
         if not (run / "model").is_dir():
             subprocess.run([sys.executable, "-m", "dlm_lightning.cli", *words], check=True)
 
@@ -432,11 +434,12 @@ def main() -> None:
     parser.add_argument("--fit", action="store_true", help="train what is missing, and measure nothing")
     parser.add_argument("--prompts", type=int, default=100, help="of each task")
     parser.add_argument("--tables-only", action="store_true", help="from the JSON that is there")
-    args = parser.parse_args()
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    args = parser.parse_intermixed_args()
     os.environ["HF_HUB_OFFLINE"] = "1"
     quiet()
     if args.fit:
-        fit()
+        fit(args.words)
     else:
         write(json.loads(OUT.with_suffix(".json").read_text()) if args.tables_only else measure(args.prompts))
 

@@ -95,15 +95,16 @@ def measured(recipe: str, words: list[str]) -> tuple[int, int]:
     return int(found[0]), int(found[1])
 
 
-def table() -> str:
+def table(trial: list[str]) -> str:
     """The Markdown table, plan and measurement in MiB."""
     lines = [
         "| recipe | other than above | plan | measured | error | before the network |",
         "|---|---|---|---|---|---|",
     ]
     for recipe, more in SHAPES:
-        expected = planned(recipe, [*WORDS, *more])
-        found, before = measured(recipe, [*WORDS, *more])
+        words = [*WORDS, *more, *trial]
+        expected = planned(recipe, words)
+        found, before = measured(recipe, words)
         other = "<br>".join(f"`{word}`" for word in more)
         sizes = [f"{size / 2**20:.0f}" for size in (expected, found)]
         lines.append(
@@ -118,8 +119,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=OUT, help="the file whose table is replaced")
     parser.add_argument("--what", choices=("plan", "modules", "peak"), help="print one thing about one --recipe")
     parser.add_argument("--recipe")
-    parser.add_argument("words", nargs="*", metavar="key=value")
-    args = parser.parse_args()
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    args = parser.parse_intermixed_args()
     if args.what == "plan":
         from dlm_lightning.plan import plan
 
@@ -133,7 +134,7 @@ def main() -> None:
         text = args.out.read_text() if args.out.is_file() else "<!-- table -->\n<!-- end -->\n"
         before, rest = text.split("<!-- table -->")
         after = rest.split("<!-- end -->")[1]
-        args.out.write_text(f"{before}<!-- table -->\n{table()}\n<!-- end -->{after}")
+        args.out.write_text(f"{before}<!-- table -->\n{table(args.words)}\n<!-- end -->{after}")
 
 
 if __name__ == "__main__":

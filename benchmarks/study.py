@@ -93,13 +93,13 @@ def dlm(*words: object, threads: int = 1) -> None:
     subprocess.run(command, check=True, env={"OMP_NUM_THREADS": str(threads), **os.environ})
 
 
-def sources() -> None:
+def sources(trial: Sequence[str]) -> None:
     """Train and measure both, side by side."""
 
     def one(name: str) -> None:
         run = RUNS / "sources" / name
         if not (run / "model" / "config.json").is_file():
-            dlm(*(["resume", run] if run.is_dir() else ["fit", RECIPES / f"{name}.yaml", "--run", run]))
+            dlm(*(["resume", run] if run.is_dir() else ["fit", RECIPES / f"{name}.yaml", *trial, "--run", run]))
         if not (run / "evaluation.json").is_file():
             dlm("eval", run, "--prompts", 100)
 
@@ -107,20 +107,20 @@ def sources() -> None:
         list(pool.map(one, SOURCES))
 
 
-def arms(part: str, jobs: int) -> None:
+def arms(part: str, jobs: int, seeds: int, trial: Sequence[str]) -> None:
     """Arms of both sources, as two comparisons; one part's control arm serves them all."""
     for source in SOURCES:
         recipes = [RECIPES / part / f"{arm}.yaml" for arm in PARTS[part]]
         model = f"model.source={RUNS / 'sources' / source}"
-        given = ["--seeds", SEEDS, "--jobs", jobs, *ASKED, "--run", RUNS / part / source]
-        dlm("compare", *recipes, model, *WORK, *given, *([] if part == "context" else ["--no-control"]))
+        given = ["--seeds", seeds, "--jobs", jobs, *ASKED, "--run", RUNS / part / source]
+        dlm("compare", *recipes, model, *WORK, *trial, *given, *([] if part == "context" else ["--no-control"]))
 
 
-def patterns(jobs: int) -> None:
+def patterns(jobs: int, seeds: int, trial: Sequence[str]) -> None:
     """The shipped recipes from the first source, and their page in docs/results."""
     recipes = [RECIPES / "patterns" / f"{name}.yaml" for name in PATTERNS]
     source, place = RUNS / "sources" / SOURCES[0], RUNS / "patterns"
-    given = [f"model.source={source}", "--seeds", SEEDS, "--jobs", jobs, *ASKED, "--run", place]
+    given = [f"model.source={source}", *trial, "--seeds", seeds, "--jobs", jobs, *ASKED, "--run", place]
     dlm("compare", *(os.path.relpath(recipe) for recipe in recipes), *given)
     page = ROOT / "docs" / "results" / "comparison.md"
     write_between(page, {"tables": (place / report.MARKDOWN).read_text()})
@@ -157,7 +157,8 @@ def grid(run: Run, ways: Sequence[tuple[str, int, int]], titles: Sequence[str]) 
         plan = replace(read("block", []), selector=Threshold(1e-9, at_most=k))
         plan = replace(plan, block_size=size) if kind == "block" else replace(plan, part_size=size)
         right = [ask(recipe, asked[title], plan)["exact"] / len(asked[title]) for title in titles if title in asked]
-        found[way(kind, size, k)] = 100 * sum(right) / len(right)
+        if right:
+            found[way(kind, size, k)] = 100 * sum(right) / len(right)
     return found
 
 
@@ -297,15 +298,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("sources", "patterns", *PARTS, "verdicts"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    args = parser.parse_args()
+    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    args = parser.parse_intermixed_args()
     if args.part == "sources":
-        sources()
+        sources(args.words)
     elif args.part == "patterns":
-        patterns(args.jobs)
+        patterns(args.jobs, args.seeds, args.words)
     elif args.part == "verdicts":
         verdicts()
     else:
-        arms(args.part, args.jobs)
+        arms(args.part, args.jobs, args.seeds, args.words)
         if args.part == "full":
             grids()
 

@@ -39,13 +39,13 @@ OUT = ROOT / "docs" / "results"
 FACTORS = (1, 2, 4)  # views of a row, and times the rows
 
 
-def fit(recipe: str) -> None:
+def fit(recipe: str, trial: list[str]) -> None:
     """Train what is to be measured; continues a run that was cut off."""
     run = RUNS / recipe
     if (run / "checkpoints" / f"step={STEPS}").exists():
         return
     budget = [f"trainer.max_steps={STEPS}", f"trainer.val_check_interval={STEPS}"]
-    words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *budget, "--run", str(run)]
+    words = ["resume", str(run)] if run.is_dir() else ["fit", recipe, *budget, *trial, "--run", str(run)]
     subprocess.run([sys.executable, "-m", "dlm_lightning.cli", *words], check=True)
 
 
@@ -173,13 +173,14 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=8, help="timed steps of each kind")
     parser.add_argument("--table-only", action="store_true", help="from the JSON that is there")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder of views.md and views.json")
-    args = parser.parse_args()
+    parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
+    args = parser.parse_intermixed_args()
     quiet()
     if args.table_only:
         write(json.loads((args.out / "views.json").read_text()), args.out)
         return
     for recipe in RECIPES:
-        fit(recipe)
+        fit(recipe, args.words)
     write(measure(args.pairs, args.draws, args.repeats), args.out)
 
 
