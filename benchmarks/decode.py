@@ -21,7 +21,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
@@ -213,7 +213,7 @@ def widths(denoiser: Denoiser, context: int) -> dict[int, float]:
     return {width: statistics.median(found) for width, found in seconds.items()}
 
 
-def growth(denoisers: dict[str, Denoiser]) -> list[dict[str, Any]]:
+def growth(denoisers: dict[str, Denoiser], lengths: Sequence[int]) -> list[dict[str, Any]]:
     """Tokens per second of long texts, and what a cache holds per token; of prompts that ask for nothing."""
     found = []
     for model, denoiser in denoisers.items():
@@ -221,7 +221,7 @@ def growth(denoisers: dict[str, Denoiser]) -> list[dict[str, Any]]:
             continue
         plan = read("autoregressive" if model == SOURCE else "block", [])
         prompt = denoiser.token_ids[40:56]
-        for length in LENGTHS:
+        for length in lengths:
             done = decode(denoiser, [prompt], replace(plan, stopper=Stopper(length, eos=False)))
             row = done.rows[0]
             found.append(
@@ -363,14 +363,14 @@ def verdict(found: dict[str, Any]) -> str:
     if not able:
         return f"{said} No decoder is within a point of it on each task."
     best = max(able, key=rate)
-    cost = found["widths"][best["model"]]
-    block = str(found["block_sizes"][best["model"]])
-    limit = per_forward(best) / (cost[block] / found["widths"][SOURCE]["1"])
-    return (
-        f"{said} Fastest within a point of it on each task: `{best['model']}` by {name(best)}, TPF "
-        f"{per_forward(best):.2f}, {rate(best) / rate(baseline):.2f} × its tokens per second; TPF divided by what a "
-        f"forward of {block} tokens costs against one of 1 is {limit:.2f}."
+    said += (
+        f" Fastest within a point of it on each task: `{best['model']}` by {name(best)}, TPF "
+        f"{per_forward(best):.2f}, {rate(best) / rate(baseline):.2f} × its tokens per second"
     )
+    if (block := found["block_sizes"][best["model"]]) is None:
+        return f"{said}."
+    limit = per_forward(best) / (found["widths"][best["model"]][str(block)] / found["widths"][SOURCE]["1"])
+    return f"{said}; TPF divided by what a forward of {block} tokens costs against one of 1 is {limit:.2f}."
 
 
 def write(found: dict[str, Any]) -> None:
@@ -398,7 +398,7 @@ def processor() -> str:
     return f"{named[0] if named else platform.processor()} ({os.cpu_count()} cores)"
 
 
-def measure(per_task: int) -> dict[str, Any]:
+def measure(per_task: int, lengths: Sequence[int]) -> dict[str, Any]:
     """Everything, as it goes into the JSON."""
     denoisers, tokenizer = {}, None
     for model in (SOURCE, *CONVERSIONS):
@@ -424,7 +424,7 @@ def measure(per_task: int) -> dict[str, Any]:
             for model, denoiser in denoisers.items()
         },
         "block_sizes": {model: denoiser.pattern.block_size for model, denoiser in denoisers.items()},
-        "growth": growth(denoisers),
+        "growth": growth(denoisers, lengths),
         "cache_bytes": {model: cache_bytes(denoiser) for model, denoiser in denoisers.items()},
     }
 
@@ -433,6 +433,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--fit", action="store_true", help="train what is missing, and measure nothing")
     parser.add_argument("--prompts", type=int, default=100, help="of each task")
+    parser.add_argument("--lengths", type=int, nargs="+", default=LENGTHS, help="of long texts, in tokens")
     parser.add_argument("--tables-only", action="store_true", help="from the JSON that is there")
     parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
     args = parser.parse_intermixed_args()
@@ -441,7 +442,11 @@ def main() -> None:
     if args.fit:
         fit(args.words)
     else:
-        write(json.loads(OUT.with_suffix(".json").read_text()) if args.tables_only else measure(args.prompts))
+        write(
+            json.loads(OUT.with_suffix(".json").read_text())
+            if args.tables_only
+            else measure(args.prompts, args.lengths)
+        )
 
 
 if __name__ == "__main__":

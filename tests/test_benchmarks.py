@@ -35,14 +35,14 @@ TEXTS = ["data.paths=[my/texts]", "data.val_share=0.2", *ROWS]
 MIXED = [f"data.parts=[{PART}]", "data.weights=[1]", "data.batch_size=2", "data.val_rows=4"]
 SMALL = {  # beside what stands there
     "conversion.py": ["--seeds", "1", *SHORT, *TEXTS],
-    "decode.py": ["--prompts", "1"],
+    "decode.py": ["--prompts", "1", "--lengths", "64"],
     "decode.py --fit": [*SHORT, "data.samples=400", "data.batch_size=2", "data.val_rows=4"],
     "memory.py": [f"model.config={TINY}", "data.vocab_size=300", *TEXTS],
     "soak.py": ["--steps", "20", "--every", "5"],
     "speed.py cpu": ["--turns", "1", f"model.config={TINY}", "data.row_length=64"],
     "speed.py growth": ["--turns", "1", f"model.config={TINY}", "data.batch_size=1"],
     "study.py": ["--seeds", "1", *SHORT, *MIXED],
-    "views.py": ["--pairs", "1", "--draws", "1", "--repeats", "1", *TEXTS],
+    "views.py": ["--pairs", "1", "--draws", "2", "--repeats", "1", *TEXTS],
 }
 FIRST = ("sources", "--fit")  # what others need
 
