@@ -101,7 +101,7 @@ def _dispatch(argv: list[str]) -> int:
     consolidate.add_argument("--out", metavar="DIR", help="a new folder; default RUN/model")
     importing = commands.add_parser("import", help="a diffusion model that was trained elsewhere, as a run")
     importing.add_argument(
-        "source", metavar="FOLDER", help="a Hugging Face folder or hub id: ours, SDAR, Fast-dLLM v2, Dream"
+        "source", metavar="FOLDER", help="a Hugging Face folder or hub id: ours, SDAR, Fast-dLLM v2, Dream, LLaDA"
     )
     importing.add_argument("overrides", metavar="key=value", nargs="*", help="what the folder does not state")
     importing.add_argument("--run", metavar="DIR", help="the run folder; default runs/<folder>/<number>")

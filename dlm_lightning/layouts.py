@@ -7,7 +7,9 @@ transformers knows, and what their code adds (mask, shift, blocks) is what this 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, fields
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +38,9 @@ class Diffusion:
 class Layout:
     """A published kind of model: the transformers family of its layers, and where its config states the rest.
 
-    shift is that of its code, which no config states; mask_id is its code's default; architecture is its class.
+    shift is that of its code, which no config states; mask_id is its code's default; architecture is its class. Where
+    it has names of its own: keys, of its config, and tensors, by patterns that are replaced one after the other, with
+    those of the family; needed, what its config must say, because its code would build other layers too.
     """
 
     family: str
@@ -44,12 +48,69 @@ class Layout:
     block_size_key: str | None
     mask_id: int | None
     architecture: str
+    keys: Mapping[str, str] = field(default_factory=dict)
+    needed: Mapping[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, str] = field(default_factory=dict)
+
+    def as_family(self, values: dict[str, Any], folder: Path) -> dict[str, Any]:
+        """Its config's keys and values as the family has them; ValueError for layers that are not the family's."""
+        for key, value in self.needed.items():
+            if (found := values.get(key)) != value:
+                raise ValueError(
+                    f"model.source: {folder / 'config.json'} has {key}: {json.dumps(found)}, and only with "
+                    f"{json.dumps(value)} a {values['model_type']} has the layers of {self.family}"
+                )
+        own = {"model_type", "architectures", "auto_map", self.block_size_key, "mask_token_id", KEY, *self.needed}
+        kept = {key: value for key, value in values.items() if key not in own and key not in self.keys}
+        return kept | {ours: values[key] for key, ours in self.keys.items() if values.get(key) is not None}
 
 
 LAYOUTS = {
     "sdar": Layout("qwen3", "none", "block_size", 151669, "SDARForCausalLM"),
     "Fast_dLLM_Qwen": Layout("qwen2", "next_token", "bd_size", 151665, "Fast_dLLM_QwenForCausalLM"),
     "Dream": Layout("qwen2", "next_token", None, None, "DreamModel"),
+    "llada": Layout(
+        "llama",
+        "none",
+        None,
+        126336,
+        "LLaDAModelLM",
+        keys={
+            "d_model": "hidden_size",
+            "mlp_hidden_size": "intermediate_size",
+            "n_layers": "num_hidden_layers",
+            "n_heads": "num_attention_heads",
+            "n_kv_heads": "num_key_value_heads",
+            "max_sequence_length": "max_position_embeddings",
+            "embedding_size": "vocab_size",
+            "weight_tying": "tie_word_embeddings",
+        },
+        needed={
+            "block_type": "llama",
+            "activation_type": "silu",
+            "layer_norm_type": "rms",
+            "rope": True,
+            "alibi": False,
+            "include_bias": False,
+            "include_qkv_bias": False,
+            "attention_layer_norm": False,
+            "input_emb_norm": False,
+            "scale_logits": False,
+        },
+        tensors={
+            r"^model\.transformer\.wte\.": "model.embed_tokens.",
+            r"^model\.transformer\.ln_f\.": "model.norm.",
+            r"^model\.transformer\.ff_out\.": "lm_head.",
+            r"^model\.transformer\.blocks\.": "model.layers.",
+            r"\.attn_norm\.": ".input_layernorm.",
+            r"\.([qkv]_proj)\.": r".self_attn.\1.",
+            r"\.attn_out\.": ".self_attn.o_proj.",
+            r"\.ff_norm\.": ".post_attention_layernorm.",
+            r"\.ff_proj\.": ".mlp.gate_proj.",
+            r"\.up_proj\.": ".mlp.up_proj.",
+            r"\.ff_out\.": ".mlp.down_proj.",
+        },
+    ),
 }
 
 
@@ -63,8 +124,7 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
         own = {"model_type", "architectures", "auto_map", KEY}
         return CONFIG_MAPPING[family].from_dict({k: v for k, v in values.items() if k not in own})
     if layout := LAYOUTS.get(values.get("model_type", "")):
-        keys = {"model_type", "architectures", "auto_map", layout.block_size_key, "mask_token_id", KEY}
-        return CONFIG_MAPPING[layout.family].from_dict({k: v for k, v in values.items() if k not in keys})
+        return CONFIG_MAPPING[layout.family].from_dict(layout.as_family(values, folder))
     if values.get("model_type") not in CONFIG_MAPPING and not (trusted and "auto_map" in values):
         raise ValueError(
             f"model.source: {folder} is of model_type {values.get('model_type', 'none')}, which transformers does not "
@@ -88,6 +148,17 @@ def stated(folder: Path) -> Diffusion | None:
         block_size = values.get(layout.block_size_key) if layout.block_size_key else None
         return Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id))
     return None
+
+
+def renamed(folder: Path, tensors: Iterable[str]) -> dict[str, str]:
+    """The names of a folder's tensors, by those that they have in the family."""
+    layout, found = LAYOUTS.get(_values(folder).get("model_type", "")), {}
+    for tensor in tensors:
+        name = tensor
+        for theirs, ours in (layout.tensors if layout else {}).items():
+            name = re.sub(theirs, ours, name)
+        found[name] = tensor
+    return found
 
 
 def _family(values: dict[str, Any]) -> str | None:

@@ -79,6 +79,7 @@ class Source:
     def __init__(self, source: str, weights: bool = True, trusted: bool = False) -> None:
         self.folder, self.trusted = locate(source, weights, code=trusted), trusted
         self._file_of: dict[str, str] = {}
+        self._stored: dict[str, str] = {}  # a tensor's name in its file, which a published layout may have its own for
         if weights:
             self._index()
 
@@ -91,7 +92,9 @@ class Source:
         for file_name in files:
             try:
                 with safe_open(self.folder / file_name, "pt") as file:
-                    self._file_of |= dict.fromkeys(file.keys(), file_name)
+                    found = layouts.renamed(self.folder, file.keys())
+                    self._stored |= found
+                    self._file_of |= dict.fromkeys(found, file_name)
             except SafetensorError as error:
                 raise ValueError(f"model.source: {self.folder / file_name} is damaged: {error}") from error
 
@@ -133,8 +136,13 @@ class Source:
 
     @property
     def names(self) -> list[str]:
-        """The names of all tensors."""
+        """The names of all tensors, as the model's family has them."""
         return [*self._file_of]
+
+    @property
+    def renamed(self) -> bool:
+        """Whether the folder has other names for them, which transformers does not know."""
+        return any(name != stored for name, stored in self._stored.items())
 
     def __contains__(self, name: str) -> bool:
         return name in self._file_of
@@ -142,12 +150,12 @@ class Source:
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
         """Rows start:stop of a tensor (all by default), read from the memory-mapped file."""
         with self._open(name) as file:
-            return file.get_slice(name)[start:stop]
+            return file.get_slice(self._stored[name])[start:stop]
 
     def shape(self, name: str) -> list[int]:
         """A tensor's shape."""
         with self._open(name) as file:
-            return file.get_slice(name).get_shape()
+            return file.get_slice(self._stored[name]).get_shape()
 
     def rows(self, name: str) -> int:
         """The length of a tensor's first dimension."""
@@ -260,8 +268,10 @@ def build(
             )
     rows = config.vocab_size
     config.vocab_size = source.config.vocab_size
-    loading: Any = AutoModelForCausalLM.from_pretrained(
-        source.folder,
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)] if source.renamed else AutoModelForCausalLM
+    network, loaded = kind.from_pretrained(
+        None if source.renamed else source.folder,
+        state_dict={name: source.read(name) for name in source.names} if source.renamed else None,
         config=config,
         attn_implementation=attention,
         dtype=dtype,
@@ -269,7 +279,6 @@ def build(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
-    network, loaded = loading
     if wrong := loaded["missing_keys"] or {name for name, *_ in loaded["mismatched_keys"]}:
         source.check(min(wrong), network.get_parameter(min(wrong)).shape)  # transformers would put random numbers there
     old = config.vocab_size

@@ -514,7 +514,7 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_
     name = "model.layers.1.mlp.up_proj.weight"
     save_file({n: w for n, w in weights.items() if n != name}, copy / "model.safetensors", metadata={"format": "pt"})
     llada = shutil.copytree(source_folder(), tmp_path / "llada")
-    (llada / "config.json").write_text(json.dumps({"model_type": "llada", "d_model": 32, "mask_token_id": 299}))
+    (llada / "config.json").write_text(json.dumps({"model_type": "llada2_moe", "mask_token_id": 299}))
     dream = shutil.copytree(source_folder("qwen2"), tmp_path / "dream")
     values = json.loads((dream / "config.json").read_text())
     (dream / "config.json").write_text(json.dumps(values | {"model_type": "Dream"}))
@@ -522,7 +522,7 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_
         (copy, f"has no tensor {name}"),
         (source_folder(), "says nothing of diffusion; an autoregressive model is converted by `dlm fit`"),
         ("nowhere", "there is no folder nowhere"),
-        (llada, "is of model_type llada, which transformers does not know"),
+        (llada, "is of model_type llada2_moe, which transformers does not know"),
         (dream, "model.mask_token must be named: the source does not state the one"),
     ):
         said = typed("import", place, "--run", "run", cwd=tmp_path)

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_lightning import attention
@@ -136,3 +138,123 @@ def test_a_model_of_ours_that_lacks_its_mask_id_is_refused(source_folder, tmp_pa
     (folder / "config.json").write_text(json.dumps(values | {"dlm": {"shift": "none", "block_size": 4}}))
     with pytest.raises(ValueError, match=r"ours/config.json states a diffusion model without its mask_id$"):
         _ = Source(str(folder)).diffusion
+
+
+# LLaDA, whose config and tensors have names of their own
+
+HEADS, KEY_HEADS, EPSILON, THETA, MASK = 4, 2, 1e-4, 5e5, 299
+LLADA = {
+    "model_type": "llada", "architectures": ["LLaDAModelLM"], "d_model": 32, "mlp_hidden_size": 48, "n_layers": 2,
+    "n_heads": HEADS, "n_kv_heads": KEY_HEADS, "max_sequence_length": 256, "vocab_size": 300, "embedding_size": 320,
+    "weight_tying": False, "rms_norm_eps": EPSILON, "rope_theta": THETA, "mask_token_id": MASK, "block_type": "llama",
+    "activation_type": "silu", "layer_norm_type": "rms", "rope": True, "alibi": False, "include_bias": False,
+    "include_qkv_bias": False, "attention_layer_norm": False, "input_emb_norm": False, "scale_logits": False,
+    "multi_query_attention": None, "auto_map": {"AutoConfig": "configuration_llada.LLaDAConfig"},
+}  # fmt: skip
+
+
+@pytest.fixture
+def llada(source_folder, tmp_path):
+    """`llada(n_heads=3)`: a tiny LLaDA in two files, and a tokenizer."""
+
+    def make(**keys) -> Path:
+        folder = tmp_path / "llada"
+        folder.mkdir()
+        AutoTokenizer.from_pretrained(source_folder()).save_pretrained(folder)
+        (folder / "config.json").write_text(json.dumps(LLADA | keys))
+        generator = torch.Generator().manual_seed(0)
+
+        def random(*shape: int) -> Tensor:
+            return 0.2 * torch.randn(shape, generator=generator)
+
+        shapes = {"q_proj": (32, 32), "k_proj": (16, 32), "v_proj": (16, 32), "attn_out": (32, 32), "ff_proj": (48, 32)}
+        shapes |= {"up_proj": (48, 32), "ff_out": (32, 48)}
+        weights = {"wte": random(320, 32), "ff_out": random(320, 32), "ln_f": 1 + random(32)}
+        for layer in range(2):
+            own = {name: random(*shape) for name, shape in shapes.items()}
+            own |= {"attn_norm": 1 + random(32), "ff_norm": 1 + random(32)}
+            weights |= {f"blocks.{layer}.{name}": weight for name, weight in own.items()}
+        weights = {f"model.transformer.{name}.weight": weight for name, weight in weights.items()}
+        named = dict.fromkeys(weights, "one.safetensors") | dict.fromkeys([*weights][7:], "two.safetensors")
+        for file in ("one.safetensors", "two.safetensors"):
+            save_file({name: weights[name] for name in weights if named[name] == file}, folder / file)
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": named}))
+        return folder
+
+    return make
+
+
+def forward(folder: Path, ids_L: Tensor) -> Tensor:
+    """Logits [L, V] of a LLaDA, written from its definition: pre-norm layers in which all tokens see each other."""
+    w = {}
+    for file in folder.glob("*.safetensors"):
+        w |= {name.removeprefix("model.transformer."): weight for name, weight in load_file(file).items()}
+
+    def norm(x, name):
+        return x / (x.pow(2).mean(-1, keepdim=True) + EPSILON).sqrt() * w[f"{name}.weight"]
+
+    def turned(x_LHD):  # each half of a head's numbers is turned against the other
+        half = x_LHD.shape[-1] // 2
+        angle_LD = torch.arange(len(x_LHD))[:, None] / THETA ** (torch.arange(half) / half)
+        cos, sin = angle_LD.cos()[:, None], angle_LD.sin()[:, None]
+        a, b = x_LHD[..., :half], x_LHD[..., half:]
+        return torch.cat([a * cos - b * sin, b * cos + a * sin], -1)
+
+    x_LD = w["wte.weight"][ids_L]
+    for layer in (f"blocks.{n}" for n in range(2)):
+        own = norm(x_LD, f"{layer}.attn_norm")
+        q, k, v = ((own @ w[f"{layer}.{name}_proj.weight"].T).unflatten(-1, (-1, 8)) for name in "qkv")
+        q, (k, v) = turned(q), (x.repeat_interleave(HEADS // KEY_HEADS, 1) for x in (turned(k), v))
+        share = (torch.einsum("qhd,khd->hqk", q, k) / 8**0.5).softmax(-1)
+        x_LD = x_LD + torch.einsum("hqk,khd->qhd", share, v).flatten(1) @ w[f"{layer}.attn_out.weight"].T
+        own = norm(x_LD, f"{layer}.ff_norm")
+        gate, up = (own @ w[f"{layer}.{name}_proj.weight"].T for name in ("ff", "up"))
+        x_LD = x_LD + (gate * gate.sigmoid() * up) @ w[f"{layer}.ff_out.weight"].T
+    return norm(x_LD, "ln_f") @ w["ff_out.weight"].T
+
+
+def test_llada_computes_what_its_definition_says(llada):
+    folder = llada()
+    recipe = FullBidirectional(source=str(folder), shift=None)
+    recipe.configure_model()
+    assert recipe.shift == "none" and recipe.mask_id == MASK and Source(str(folder)).config.vocab_size == 320
+    ids_BL = torch.tensor([[5, MASK, 7, MASK, MASK, 2, 40, MASK]])
+    position_BL = torch.arange(8)[None]
+    view = recipe.pattern.continuation(ids_BL, position_BL, torch.full((1, 1), 0))
+    keep_N = torch.tensor([1, 3, 4, 7])
+    found_NV = recipe.eval().denoiser(view, keep_N)
+    known = recipe.denoiser.token_ids
+    torch.testing.assert_close(found_NV[:, known], forward(folder, ids_BL[0])[keep_N][:, known], atol=1e-4, rtol=1e-4)
+
+
+def test_tensors_of_llada_are_read_by_their_familys_names(llada):
+    source = Source(str(llada()))
+    network = build(source.config, source, "eager")
+    assert {*source.names} == {name for name, _ in network.named_parameters()}
+    for name, parameter in network.named_parameters():
+        assert torch.equal(source.read(name), parameter) and source.shape(name) == [*parameter.shape]
+        source.check(name, parameter.shape)
+    with torch.no_grad():
+        network.lm_head.weight.zero_()  # a source is mapped into memory, and not written to
+    assert source.read("lm_head.weight").any()
+
+
+def test_llada_is_imported_and_goes_on_as_one_of_ours(llada, typed, tmp_path):
+    folder = llada()
+    assert typed("import", folder, "--run", "run", cwd=tmp_path).code == 0
+    said = typed("generate", "run", "--prompt", "the quick", "stopper.new_tokens=8", cwd=tmp_path)
+    assert said.code == 0 and said.out.startswith("the quick"), said.err
+    said = typed("export", "run", "out", cwd=tmp_path)
+    assert said.code == 0, said.err
+    exported = Source(str(tmp_path / "out"))
+    said = exported.diffusion
+    assert (said.shift, said.block_size, said.mask_id) == ("none", None, MASK)
+    assert all(torch.equal(exported.read(name), Source(str(folder)).read(name)) for name in exported.names)
+    said = typed("drift", folder, "out", cwd=tmp_path)
+    assert said.code == 0, said.err
+
+
+@pytest.mark.parametrize("key, value", [("include_bias", True), ("block_type", "sequential"), ("scale_logits", True)])
+def test_another_llada_is_refused_by_the_key(llada, key, value):
+    with pytest.raises(ValueError, match=rf"config.json has {key}: {json.dumps(value)}, and only with .* of llama$"):
+        _ = Source(str(llada(**{key: value}))).config
