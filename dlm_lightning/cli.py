@@ -133,7 +133,11 @@ def _dispatch(argv: list[str]) -> int:
     plan = commands.add_parser("plan", help="what a recipe will take: parameters, memory, tokens, FLOPs")
     plan.add_argument("recipe", metavar="RECIPE", help="a recipe's name or a YAML file")
     plan.add_argument("overrides", metavar="key=value", nargs="*")
-    args = parser.parse_args(argv)
+    args, rest = parser.parse_known_args(argv)
+    if any("=" not in word or word.startswith("-") or "overrides" not in args for word in rest):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:  # key=value behind an option
+        args.overrides += rest
     if args.command == "list":
         return _list()
     if args.command == "probe":

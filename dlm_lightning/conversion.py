@@ -127,6 +127,15 @@ class Conversion(L.LightningModule):
         """The mask token's row and what it starts from, where `mask_init` says so; see `source.build`."""
         return mask_token.start(self.mask_init, self.mask_id, self.tokenizer, self.model_config.vocab_size)
 
+    def check_shift(self) -> None:
+        """Refuse to read a diffusion source by another shift than it was trained with."""
+        trained = self._trained if self.pretrained and self.pattern != AUTOREGRESSIVE else None
+        if trained and trained.shift not in (None, self.shift):
+            raise ValueError(
+                f"model.shift: {self.shift} would misread {self.source_name}, which was trained with {trained.shift}; "
+                "null takes the source's"
+            )
+
     def configure_model(self) -> None:
         """Build the Denoiser in the trainer's precision, sharded where the strategy shards."""
         strategy = getattr(self._trainer, "strategy", None)
@@ -134,12 +143,7 @@ class Conversion(L.LightningModule):
         if hasattr(self, "denoiser"):
             return
         source = self.source if self.pretrained else None
-        trained = self._trained if self.pretrained and self.pattern != AUTOREGRESSIVE else None
-        if trained and trained.shift not in (None, self.shift):
-            raise ValueError(
-                f"model.shift: {self.shift} would misread {self.source_name}, which was trained with {trained.shift}; "
-                "null takes the source's"
-            )
+        self.check_shift()
         shard = getattr(strategy, "shard", None)
         network = build(
             self.model_config,

@@ -6,11 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoModelForCausalLM, PretrainedConfig
+from transformers import AutoModelForCausalLM
 
 from dlm_lightning import catalog, runs
 from dlm_lightning.source import Source, check_convertible
 from dlm_lightning.training import note, parse, quiet
+
+FIXED = ("model", "model.class_path", "model.source", "model.config", "model.pretrained")
+KNOWN = ("exports of this project", "SDAR", "Fast-dLLM v2", "Dream", "LLaDA")
 
 
 def import_model(source: str, overrides: Sequence[str] = (), folder: str | None = None) -> Path:
@@ -20,11 +23,16 @@ def import_model(source: str, overrides: Sequence[str] = (), folder: str | None 
     FileNotFoundError, naming what is missing, for a model that cannot be read.
     """
     quiet()
+    if given := [word for word in overrides if word.split("=")[0] in FIXED]:
+        raise ValueError(f"{given[0]}: the folder says it, and an import takes it from there")
     model = Source(source)
-    config, stated = model.config, model.diffusion
+    stated = model.diffusion
     if stated is None:
-        raise ValueError(f"{source} says nothing of diffusion; an autoregressive model is converted by `dlm fit`")
-    _check_tensors(model, config)
+        raise ValueError(
+            f"{source} says nothing of diffusion that is known here ({', '.join(KNOWN)}); an autoregressive model is "
+            "converted by `dlm fit`"
+        )
+    _check_tensors(model)
     name = "full_bidirectional" if stated.block_size is None else "block_causal"
     own = [f"model.source={source}", "model.shift=null"]
     if stated.block_size is not None:
@@ -37,6 +45,7 @@ def import_model(source: str, overrides: Sequence[str] = (), folder: str | None 
     try:
         cli = parse(catalog.compose(found.path), words, run)
         cli.model.trainer = cli.trainer
+        cli.model.check_shift()
         cli.model.mask_id  # noqa: B018  # refuses a mask token that there is not
         note(run, found, cli, words, imported=True)
     except BaseException:
@@ -45,10 +54,20 @@ def import_model(source: str, overrides: Sequence[str] = (), folder: str | None 
     return run
 
 
-def _check_tensors(model: Source, config: PretrainedConfig) -> None:
-    """Refuse a folder without all tensors that its config asks for, before a run is made of it."""
+def _check_tensors(model: Source) -> None:
+    """Refuse a folder that has not just the tensors that its config asks for, before a run is made of it."""
+    config = model.config
     check_convertible(config)
-    with torch.device("meta"):
-        network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    try:
+        with torch.device("meta"):
+            network = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except Exception as error:  # whatever transformers makes of a value
+        reason = f"{type(error).__name__}: {error}"
+        raise ValueError(f"model.source: no model can be made of {model.folder / 'config.json'}: {reason}") from error
     for name, parameter in network.named_parameters():  # of tied ones, the first
         model.check(name, parameter.shape)
+    known = {*network.state_dict(), *(name for name in model.names if name.endswith("rotary_emb.inv_freq"))}
+    if unread := sorted({*model.names} - known):
+        raise ValueError(
+            f"model.source: {model.folder} has a tensor {unread[0]}, which its config.json does not ask for"
+        )

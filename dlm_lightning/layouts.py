@@ -16,6 +16,8 @@ from typing import Any
 from transformers import CONFIG_MAPPING, AutoConfig, PretrainedConfig
 
 KEY = "dlm"  # of a config.json that this project wrote: how the model was trained
+BANNED = "banned"  # in it, of an export: spans of ids that are no tokens
+SHIFTS = ("none", "next_token")
 EXPORTED = "dlm_"  # before the family in the model_type of an export, which brings along the code that decodes it
 
 
@@ -137,17 +139,60 @@ def read_config(folder: Path, trusted: bool = False) -> PretrainedConfig:
 
 
 def stated(folder: Path) -> Diffusion | None:
-    """How the folder's diffusion model was trained; None for a model that says nothing of diffusion."""
+    """How the folder's diffusion model was trained; None for a model that says nothing of diffusion.
+
+    Raises ValueError, naming the key, for one that says too little, or two things of itself.
+    """
     values = _values(folder)
-    if own := values.get(KEY):
-        for name in ("shift", "block_size", "mask_id"):
-            if name not in own:
-                raise ValueError(f"model.source: {folder / 'config.json'} states a diffusion model without its {name}")
-        return Diffusion(**{field.name: own.get(field.name) for field in fields(Diffusion)})
-    if layout := LAYOUTS.get(values.get("model_type", "")):
-        block_size = values.get(layout.block_size_key) if layout.block_size_key else None
-        return Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id))
-    return None
+    own, theirs = _own(folder, values), _published(folder, values)
+    for key in fields(Diffusion) if own and theirs else ():
+        one, other = getattr(own, key.name), getattr(theirs, key.name)
+        if other is not None and one != other:
+            raise ValueError(
+                f"model.source: {folder / 'config.json'} states {key.name} {one} by its key {KEY}, and {other} "
+                f"by those of {values['model_type']}"
+            )
+    return own or theirs
+
+
+def _own(folder: Path, values: dict[str, Any]) -> Diffusion | None:
+    """What a config of this project says."""
+    own, place = values.get(KEY), folder / "config.json"
+    if own is None and _family(values):
+        raise ValueError(f"model.source: {place} is that of an export, and lacks the key {KEY}")
+    if own is None:
+        return None
+    known = [key.name for key in fields(Diffusion)]
+    if not isinstance(own, dict):
+        raise ValueError(f"model.source: {place} has {KEY}: {json.dumps(own)}, which is no mapping")
+    if unknown := own.keys() - {*known, BANNED}:
+        raise ValueError(f"model.source: {place} has an unknown key {KEY}.{min(unknown)}")
+    for name in ("shift", "block_size", "mask_id"):
+        if name not in own:
+            raise ValueError(f"model.source: {place} states a diffusion model without its {name}")
+    found = Diffusion(**{name: own.get(name) for name in known})
+    if found.shift not in SHIFTS:
+        raise ValueError(f"model.source: {place} states shift {found.shift}, which is neither {' nor '.join(SHIFTS)}")
+    return _checked(found, place)
+
+
+def _published(folder: Path, values: dict[str, Any]) -> Diffusion | None:
+    """What a config in a published layout says."""
+    if not (layout := LAYOUTS.get(values.get("model_type", ""))):
+        return None
+    place, block_size = folder / "config.json", None
+    if layout.block_size_key and (block_size := values.get(layout.block_size_key)) is None:
+        raise ValueError(f"model.source: {place} lacks {layout.block_size_key}, the size of its blocks")
+    return _checked(Diffusion(layout.shift, block_size, values.get("mask_token_id", layout.mask_id)), place)
+
+
+def _checked(found: Diffusion, place: Path) -> Diffusion:
+    """What was found, if its numbers are whole numbers."""
+    for name in ("block_size", "mask_id"):
+        value = getattr(found, name)
+        if value is not None and type(value) is not int:
+            raise ValueError(f"model.source: {place} states {name} {json.dumps(value)}, which is no whole number")
+    return found
 
 
 def renamed(folder: Path, tensors: Iterable[str]) -> dict[str, str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,12 +22,15 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
     PreTrainedModel,
+    PreTrainedTokenizerFast,
 )
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from dlm_lightning import layouts
 
+log = logging.getLogger(__name__)
 SAVED_MODEL = "model"  # the Hugging Face folder inside a run folder
+AS_IT_IS = ("TokenizersBackend", "PreTrainedTokenizerFast")  # of tokenizers that are what tokenizer.json says
 FILES = ["*.json", "*.txt", "*.model", "*.jinja", "README.md"]  # of a hub repository; code only if it is trusted
 
 
@@ -85,7 +89,10 @@ class Source:
 
     def _index(self) -> None:
         index = self.folder / SAFE_WEIGHTS_INDEX_NAME
-        named = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        try:
+            named = json.loads(index.read_text())["weight_map"] if index.is_file() else {}
+        except (KeyError, ValueError) as error:
+            raise ValueError(f"model.source: {index} is damaged: {error}") from error
         files = sorted(set(named.values()) or {SAFE_WEIGHTS_NAME})
         if missing := [file_name for file_name in files if not (self.folder / file_name).is_file()]:
             raise FileNotFoundError(f"model.source: {self.folder} lacks {', '.join(missing)}")
@@ -115,11 +122,22 @@ class Source:
         licence = ModelCard.load(card, ignore_metadata_errors=True).data.get("license") if card.is_file() else None
         return str(licence) if licence else None
 
-    def tokenizer(self):
+    def tokenizer(self) -> Any:
         """The source's tokenizer; FileNotFoundError if the folder has none (transformers would make an empty one)."""
         if not any((self.folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
             raise FileNotFoundError(f"model.source: {self.folder} holds no tokenizer")
-        return AutoTokenizer.from_pretrained(self.folder, config=self.config, trust_remote_code=self.trusted)
+        settings, config = self.folder / "tokenizer_config.json", self.config
+        try:
+            stated = json.loads(settings.read_text(encoding="utf-8")) if settings.is_file() else {}
+            untrusted = "auto_map" in stated and not self.trusted
+            # AutoTokenizer would take the class of the model's family, whose pre-tokenizer may be another.
+            as_it_is = untrusted or stated.get("tokenizer_class") in AS_IT_IS
+            if as_it_is and (self.folder / "tokenizer.json").is_file():
+                return PreTrainedTokenizerFast.from_pretrained(self.folder, trust_remote_code=False)
+            kind = {"tokenizer_type": config.model_type} if untrusted else {"config": config}
+            return AutoTokenizer.from_pretrained(self.folder, **kind, trust_remote_code=self.trusted)
+        except (KeyError, TypeError, ValueError) as error:
+            raise ValueError(f"model.source: the tokenizer of {self.folder} cannot be read: {error}") from error
 
     def fingerprint(self) -> str:
         """Sixteen hex digits that identify the weights: a hash of file sizes and of samples from each file."""
@@ -211,6 +229,8 @@ def check_convertible(config: PretrainedConfig, trusted: bool = False) -> None:
         reason = "has other parts beside its language model; give the text model alone"
     elif others:
         reason = f"has {', '.join(sorted(others))} layers, which no attention mask reaches"
+    elif getattr(config, "quantization_config", None):
+        reason = "has quantized weights; those that it was made of are needed"
     elif getattr(config, "num_attention_heads", None) is None:
         reason = "has no attention (a state-space or recurrent model), so no mask reaches it"
     elif kind is None and trusted:
@@ -279,6 +299,9 @@ def build(
         ignore_mismatched_sizes=True,
         output_loading_info=True,
     )
+    if unread := sorted(loaded["unexpected_keys"]):
+        more = f" and {len(unread) - 1} more of its tensors" if len(unread) > 1 else ""
+        log.warning("%s: the layers of %s have no %s%s", source.folder, config.model_type, unread[0], more)
     if wrong := loaded["missing_keys"] or {name for name, *_ in loaded["mismatched_keys"]}:
         source.check(min(wrong), network.get_parameter(min(wrong)).shape)  # transformers would put random numbers there
     old = config.vocab_size

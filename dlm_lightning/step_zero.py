@@ -15,8 +15,9 @@ def step_zero(recipe: Recipe, data: Any, metrics: dict[str, Any]) -> str:
     if "val/masked_ce" not in metrics:
         return f"step 0: next-token NLL {metrics['val/ar_nll']:.2f} nats; {marks}"
     loss = float(metrics["val/masked_ce"])
-    own = f"the {'source' if recipe.pretrained else 'network'}'s own next-token NLL {metrics['val/ar_nll']:.2f}"
-    if not recipe.pretrained:
+    pretrained = recipe.pretrained and recipe.source is not None
+    own = f"the {'source' if pretrained else 'network'}'s own next-token NLL {metrics['val/ar_nll']:.2f}"
+    if not pretrained:
         verdict = (
             "normal for random weights: about ln V" if loss < guess + 1 else "high: random weights start near ln V"
         )

@@ -25,14 +25,13 @@ from lightning.pytorch.strategies.launchers.multiprocessing import _MultiProcess
 from lightning.pytorch.strategies.launchers.subprocess_script import _SubprocessScriptLauncher
 from lightning.pytorch.utilities import rank_zero_only
 from omegaconf import OmegaConf
-from transformers import AutoTokenizer
 from transformers.utils.logging import disable_progress_bar
 
 from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  # noqa: F401  (strategies registers fsdp2)
 from dlm_lightning.errors import check_nulls, check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
-from dlm_lightning.source import SAVED_MODEL, locate
+from dlm_lightning.source import SAVED_MODEL, Source, locate
 from dlm_lightning.step_zero import step_zero
 
 log = logging.getLogger(__name__)
@@ -259,7 +258,7 @@ def restore(folder: str, *overrides: str, path: Path | None = None) -> tuple[Pat
 def _tokenizer(run: Path, data: Any) -> Any:
     """That of the finished model, or else of the data, for a model that is trained from scratch."""
     if (run / SAVED_MODEL).is_dir():
-        return AutoTokenizer.from_pretrained(run / SAVED_MODEL, trust_remote_code=False)
+        return Source(str(run / SAVED_MODEL), weights=False).tokenizer()
     return data.trained_tokenizer()
 
 

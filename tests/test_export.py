@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from functools import cache
+from pathlib import Path
 
 import pytest
 import torch
@@ -520,9 +521,9 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_
     (dream / "config.json").write_text(json.dumps(values | {"model_type": "Dream"}))
     for place, says in (
         (copy, f"has no tensor {name}"),
-        (source_folder(), "says nothing of diffusion; an autoregressive model is converted by `dlm fit`"),
+        (source_folder(), "LLaDA); an autoregressive model is converted by `dlm fit`"),
         ("nowhere", "there is no folder nowhere"),
-        (llada, "is of model_type llada2_moe, which transformers does not know"),
+        (llada, "says nothing of diffusion that is known here (exports of this project, SDAR, "),
         (dream, "model.mask_token must be named: the source does not state the one"),
     ):
         said = typed("import", place, "--run", "run", cwd=tmp_path)
@@ -530,6 +531,65 @@ def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_
         assert not (tmp_path / "run").exists()
     assert typed("import", dream, "model.mask_token=299", "--run", "run", cwd=tmp_path).code == 0
     assert restore(str(tmp_path / "run"))[1].mask_id == 299
+
+
+def tampered(folder: Path, copy: Path, **keys) -> Path:
+    """A copy of an export whose config has other values, at `dlm` or beside it; None takes a key away."""
+    shutil.copytree(folder, copy)
+    values = json.loads((copy / "config.json").read_text())
+    for key, value in keys.items():
+        place = values["dlm"] if key.startswith("dlm_") else values
+        place[key.removeprefix("dlm_")] = value
+        if value is None:
+            del place[key.removeprefix("dlm_")]
+    (copy / "config.json").write_text(json.dumps(values))
+    return copy
+
+
+@pytest.mark.parametrize(
+    "keys, says",
+    [
+        ({"dlm_shift": "left"}, "states shift left, which is neither none nor next_token"),
+        ({"dlm_shift": None}, "states a diffusion model without its shift"),
+        ({"dlm_more": 1}, "has an unknown key dlm.more"),
+        ({"dlm": None}, "is that of an export, and lacks the key dlm"),
+        ({"dlm": [1]}, "has dlm: [1], which is no mapping"),
+        ({"dlm_mask_id": 299.0}, "states mask_id 299.0, which is no whole number"),
+        ({"dlm_mask_id": True}, "states mask_id true, which is no whole number"),
+        ({"dlm_block_size": "4"}, 'states block_size "4", which is no whole number'),
+        ({"hidden_act": "silly"}, "no model can be made of"),
+        (
+            {"num_hidden_layers": 1, "layer_types": ["full_attention"]},
+            "has a tensor model.layers.1.input_layernorm.weight, which its config.json does not",
+        ),
+        ({"quantization_config": {"quant_method": "gptq"}}, "has quantized weights"),
+    ],
+)
+def test_a_tampered_export_is_not_imported(keys, says, exported, typed, tmp_path):
+    folder = tampered(exported("blocks")[1], tmp_path / "copy", **keys)
+    said = typed("import", folder, "--run", "run", cwd=tmp_path)
+    assert said.code == 1 and says in said.err and said.err.count("\n") == 1, said.err
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("keys", [{"block_size": 8}, {"mask_token_id": 7}, {"dlm_shift": "next_token"}])
+def test_a_folder_that_says_two_things_of_itself_is_not_imported(keys, published, typed, tmp_path):
+    folder = tampered(published("sdar")[1], tmp_path / "copy", **keys)
+    said = typed("import", folder, "--run", "run", cwd=tmp_path)
+    name = next(iter(keys)).removeprefix("dlm_").replace("mask_token_id", "mask_id")
+    assert said.code == 1 and f"states {name} " in said.err and "by those of sdar" in said.err, said.err
+
+
+def test_an_import_takes_from_the_folder_what_the_folder_says(exported, published, typed, tmp_path):
+    folder = exported("blocks")[1]
+    for word in ("model.source=elsewhere", "model.pretrained=false", "model.class_path=ArSource"):
+        said = typed("import", folder, word, "--run", "run", cwd=tmp_path)
+        assert said.code == 1 and f"{word}: the folder says it" in said.err, said.err
+    said = typed("import", folder, "--run", "run", "model.shift=next_token", cwd=tmp_path)  # behind an option
+    assert said.code == 1 and "model.shift: next_token would misread" in said.err, said.err
+    assert not (tmp_path / "run").exists()
+    said = typed("import", folder, "--run", "run", "seed_everything", cwd=tmp_path)
+    assert said.code == 2 and "unrecognized arguments: seed_everything" in said.err
 
 
 # The card

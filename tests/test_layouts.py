@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tokenizers import Tokenizer, pre_tokenizers
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -77,6 +78,49 @@ def test_its_tokenizer_is_its_familys(kind, published, source_folder):
     mine = Source(str(published(kind))).tokenizer()
     theirs = AutoTokenizer.from_pretrained(source_folder(PUBLISHED[kind][0]))
     assert mine.get_vocab() == theirs.get_vocab() and mine("the fox")["input_ids"] == theirs("the fox")["input_ids"]
+
+
+@pytest.mark.parametrize("kind, key", [("sdar", "block_size"), ("Fast_dLLM_Qwen", "bd_size")])
+def test_blocks_of_no_size_are_refused(kind, key, published):
+    with pytest.raises(ValueError, match=rf"config.json lacks {key}, the size of its blocks"):
+        _ = Source(str(published(kind, **{key: None}))).diffusion
+
+
+@pytest.mark.parametrize("tokenizer_class", ["TokenizersBackend", "PreTrainedTokenizerFast"])
+def test_a_tokenizer_is_what_its_file_says(tokenizer_class, source_folder, tmp_path):
+    """transformers has a class for Qwen2 whose pre-tokenizer goes before the file's."""
+    folder = shutil.copytree(source_folder("qwen2"), tmp_path / "qwen2")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"tokenizer_class": tokenizer_class}))
+    bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    bpe.pre_tokenizer = pre_tokenizers.Split(" ", "isolated")
+    bpe.save(str(folder / "tokenizer.json"))
+    text = "fox jumps  over"
+    assert Source(str(folder)).tokenizer()(text)["input_ids"] == bpe.encode(text).ids
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    assert bpe.encode(text).ids != Source(str(folder)).tokenizer()(text)["input_ids"]
+
+
+def test_dreams_tokenizer_is_read_without_its_code(published, source_folder):
+    """It comes as a vocabulary and merges, under a class that only its own code knows."""
+    folder = published("Dream")
+    bpe = Tokenizer.from_file(str(folder / "tokenizer.json"))
+    (folder / "tokenizer.json").unlink()
+    bpe.model.save(str(folder))
+    settings = {"tokenizer_class": "DreamTokenizer", "auto_map": {"AutoTokenizer": ["modeling.DreamTokenizer", None]}}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    tokenizer = Source(str(folder)).tokenizer()
+    assert tokenizer("the fox")["input_ids"] == bpe.encode("the fox").ids and tokenizer.eos_token_id is not None
+
+
+def test_tensors_that_nobody_reads_are_named(source_folder, tmp_path, caplog):
+    folder = shutil.copytree(source_folder(), tmp_path / "more")
+    weights = load_file(folder / "model.safetensors")
+    more = {f"model.layers.{n}.self_attn.q_proj.bias": torch.zeros(32) for n in range(2)}
+    save_file(weights | more, folder / "model.safetensors", metadata={"format": "pt"})
+    source = Source(str(folder))
+    build(source.config, source, "eager")
+    assert "of qwen3 have no model.layers.0.self_attn.q_proj.bias and 1 more of its tensors" in caplog.text
 
 
 def test_an_autoregressive_source_says_nothing_of_diffusion(source_folder):

@@ -49,11 +49,12 @@ def test_the_recipe_masks_whole_runs(mine, dlm, make_batch, tmp_path, monkeypatc
     dlm("fit", "mine/mine.yaml", "trainer.max_steps=1", "--run", "run", cwd=tmp_path)
     monkeypatch.syspath_prepend(str(mine))
     _, recipe, _ = restore(str(tmp_path / "run"))
-    seen = []
-    monkeypatch.setattr(recipe, "draw", lambda noise, batch, pattern: seen.append(batch.u_BL) or (None, None))
-    batch = make_batch([[16], [9, 7]], length=16)
-    recipe.corrupt(batch, recipe.pattern)
-    assert torch.equal(seen[0], batch.u_BL[:, [0, 0, 0, 3, 3, 3, 6, 6, 6, 9, 9, 9, 12, 12, 12, 15]])
+    batch = make_batch([[15]] * 40, length=15)
+    batch = batch._replace(maskable_BL=torch.ones_like(batch.maskable_BL), u_BL=torch.rand(40, 15))
+    (masked,) = recipe.corrupt(batch, recipe.pattern)
+    runs_BR3 = masked.mask_BL.unflatten(1, (5, 3))
+    assert torch.equal(runs_BR3.any(2), runs_BR3.all(2)) and 20 < runs_BR3.all(2).sum() < 180
+    assert len({tuple(row) for row in runs_BR3.all(2).tolist()}) > 10
     stated = checkpoint.load(tmp_path / "run" / "checkpoints" / "step=1" / checkpoint.STATE)[checkpoint.FACTS]
     assert stated["model.run"] == 3
 

@@ -15,8 +15,14 @@ GUESS = math.log(ROWS)  # 6.91
 UNIGRAM = 5.25
 
 
-def line(masked_ce: float | None, ar_nll: float = 3.21, pretrained: bool = True, diffusion: object = None) -> str:
-    source = SimpleNamespace(diffusion=diffusion)
+def line(
+    masked_ce: float | None,
+    ar_nll: float = 3.21,
+    pretrained: bool = True,
+    diffusion: object = None,
+    sourceless: bool = False,
+) -> str:
+    source = None if sourceless else SimpleNamespace(diffusion=diffusion)
     recipe = SimpleNamespace(model_config=SimpleNamespace(vocab_size=ROWS), pretrained=pretrained, source=source)
     metrics = {"val/ar_nll": torch.tensor(ar_nll), "val/nelbo": torch.tensor(99.0)}
     if masked_ce is not None:
@@ -71,7 +77,9 @@ def test_random_weights_start_near_a_uniform_guess(loss, word):
 
 def test_random_weights_have_no_source_to_speak_of():
     assert "the network's own next-token NLL 3.21" in line(GUESS, pretrained=False)
-    assert "source" not in line(GUESS, pretrained=False)
+    for options in ({"pretrained": False}, {"sourceless": True}):
+        assert "source" not in line(GUESS, **options)
+        assert verdict(GUESS, **options).startswith("normal for random weights")
 
 
 def test_an_autoregressive_model_has_no_masked_loss_to_judge():

@@ -68,7 +68,7 @@ def complete(
             "AutoModelForCausalLM": f"{MODELLING.stem}.{architecture}",
         },
         **keys,
-        layouts.KEY: {**asdict(recipe.diffusion), "banned": spans(denoiser.banned_X.tolist())},
+        layouts.KEY: {**asdict(recipe.diffusion), layouts.BANNED: spans(denoiser.banned_X.tolist())},
     }
     (folder / "config.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
     tokenizer = recipe.tokenizer
