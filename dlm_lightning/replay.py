@@ -80,6 +80,7 @@ def replay(folder: str, step: int, overrides: Sequence[str] = ()) -> Replay:
     skips them.
     """
     quiet()
+    runs.check_trained(folder)
     logging.getLogger("dlm_lightning").setLevel(logging.ERROR)  # the run has said all this
     with TemporaryDirectory() as scratch:
         run, cli = reopen(folder, *overrides, *ALONE, into=scratch)

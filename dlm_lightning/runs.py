@@ -114,3 +114,9 @@ def open_run(folder: str) -> tuple[Path, dict[str, Any]]:
 def is_imported(folder: str) -> bool:
     """Whether a run folder holds a model that was trained elsewhere (`dlm import`)."""
     return bool(open_run(folder)[1].get("imported"))
+
+
+def check_trained(folder: str) -> None:
+    """Raise ValueError for the folder of an imported model, which has no steps."""
+    if is_imported(folder):
+        raise ValueError(f"{folder} is an imported model, which was not trained here; `dlm fit` goes on from it")

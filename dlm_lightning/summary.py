@@ -37,7 +37,8 @@ def summarize(folder: str) -> None:
     run, recipe, steps = restore(folder)
     recipe.eval()  # in training, activation checkpointing leaves the decoder's cache empty
     console = Console(highlight=False)
-    console.print(likelihood(run, steps))
+    if (measured := likelihood(run, steps)).row_count:
+        console.print(measured)
     table = run / FOLDER / TABLE
     if any(table.glob("*.parquet")):
         console.print(drift(table))

@@ -203,8 +203,7 @@ def resume(folder: str, overrides: Sequence[str] = ()) -> Path:
     Overrides hold for this time only: another number of devices, another strategy.
     """
     quiet()
-    if runs.is_imported(folder):
-        raise ValueError(f"{folder} is an imported model, which was not trained here; `dlm fit` goes on from it")
+    runs.check_trained(folder)
     run, cli = reopen(folder, *overrides)
     start = checkpoint.newest(run)
     steps = checkpoint.load(start / checkpoint.STATE)["global_step"] if start else 0

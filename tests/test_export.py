@@ -504,8 +504,11 @@ def test_an_imported_model_is_measured_like_a_run(max_shard_size, exported, corp
     said = typed("eval", "run", "--prompts", "0", cwd=tmp_path)
     assert said.code == 0, said.err
     assert json.loads((tmp_path / "run" / "evaluation.json").read_text())["step"] == 0
-    said = typed("resume", "run", cwd=tmp_path)
-    assert said.code == 1 and "run is an imported model, which was not trained here" in said.err
+    for words in (("resume", "run"), ("replay", "run", "--step", "1")):
+        said = typed(*words, cwd=tmp_path)
+        assert said.code == 1 and "run is an imported model, which was not trained here" in said.err
+    said = typed("summary", "run", cwd=tmp_path)
+    assert said.code == 0 and "a continuation" in said.out and "likelihood at step" not in said.out
 
 
 def test_what_cannot_be_imported_is_refused_and_leaves_nothing(exported, source_folder, typed, tmp_path):

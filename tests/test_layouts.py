@@ -296,6 +296,9 @@ def test_llada_is_imported_and_goes_on_as_one_of_ours(llada, typed, tmp_path):
     assert all(torch.equal(exported.read(name), Source(str(folder)).read(name)) for name in exported.names)
     said = typed("drift", folder, "out", cwd=tmp_path)
     assert said.code == 0, said.err
+    moved = [line.replace("│", " ").split() for line in said.out.splitlines()]
+    moved = {row[0]: float(row[1]) for row in moved if row[:1] in (["q"], ["down"], ["all"])}
+    assert moved == {"q": 0, "down": 0, "all": 0}
 
 
 @pytest.mark.parametrize("key, value", [("include_bias", True), ("block_type", "sequential"), ("scale_logits", True)])
