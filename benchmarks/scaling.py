@@ -2,7 +2,7 @@
 
     python benchmarks/scaling.py          # the table of docs/scaling.md
 
-Letters as there: h width, q and k numbers of all query and key heads, f feed-forward width, V vocabulary.
+Letters as there: h width, q and k query and key heads times their width, f feed-forward width.
 """
 
 from __future__ import annotations
