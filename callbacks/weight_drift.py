@@ -52,6 +52,7 @@ class WeightDrift(L.Callback):
     cosine: between W and W0.
     w1: Wasserstein-1 distance between the distributions of the values of W and W0.
     stable_rank: ‖ΔW‖_F² / ‖ΔW‖_2², the mean over matrices.
+
     Logs `drift/seconds_share` at the end: its own share of the training time.
 
     Keeps `drift/drift.parquet` in the run, a folder of a file per measured step that Parquet readers take as one table:

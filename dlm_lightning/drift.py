@@ -64,7 +64,11 @@ class Row(NamedTuple):
 class Drift:
     """The drift of one parameter, as sums that can be pooled over parameters.
 
-    numel: how many numbers were compared. absolute: Σ|ΔW|. square: ΣΔW². source_square: ΣW0². product: ΣΔW·W0.
+    numel: how many numbers were compared.
+    absolute: Σ|ΔW|.
+    square: ΣΔW².
+    source_square: ΣW0².
+    product: ΣΔW·W0.
     w1: numel times the Wasserstein-1 distance between the distributions of the values of W and W0, at most `absolute`.
     stable_rank: ‖ΔW‖_F²/‖ΔW‖_2², 0 without drift; None for a parameter that is no matrix.
     """

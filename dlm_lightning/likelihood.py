@@ -79,7 +79,9 @@ def redrawn(batch: Batch, seed: int, stream: int, draw: int) -> tuple[Batch, Ten
 class Bound(NamedTuple):
     """What a pass gives of a bound, all float32 [B, L] and 0 for tokens that it does not score.
 
-    nll_BL: −log p. weight_BL: what that counts. level_BL: k/L', the share of the token's block that is masked.
+    nll_BL: −log p.
+    weight_BL: what that counts.
+    level_BL: k/L', the share of the token's block that is masked.
     """
 
     nll_BL: Tensor

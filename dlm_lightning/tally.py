@@ -25,8 +25,11 @@ NAMES = tuple(f"{level / LEVELS:.2f}-{(level + 1) / LEVELS:.2f}" for level in ra
 class Tally(NamedTuple):
     """Sums over the micro-batches and ranks of one optimizer step, as scalars on the device.
 
-    loss: the weighted sum of −log p. maskable: tokens that it is divided by. data: tokens of the corpus, padding left
-    out. scored: terms of the loss. forward: tokens that the network computed, those of all copies and of padding.
+    loss: the weighted sum of −log p.
+    maskable: tokens that it is divided by.
+    data: tokens of the corpus, padding left out.
+    scored: terms of the loss.
+    forward: tokens that the network computed, those of all copies and of padding.
     masked_ce: the mean unweighted −log p of masked tokens by the share of their group that is masked (`NAMES`), nan
     where there are none; empty for a recipe that masks nothing.
     """

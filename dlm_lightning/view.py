@@ -24,8 +24,9 @@ class Batch(NamedTuple):
     ids_BL, position_BL, document_BL: int64. `position` counts from the document's own start, also when it spans rows;
     `document` numbers the documents of a row from 0, and each padding token is a negative document of its own.
     maskable_BL: bool, false for padding, prompts, and the first token of each document in the row.
-    u_BL: float32 in [0, 1), one per token. t_BL: float32 in (0, 1], one per slot; a block or a document reads the
-    slot of its first token. place_B: the sample's place in its epoch's order, -1 for a row of padding.
+    u_BL: float32 in [0, 1), one per token.
+    t_BL: float32 in (0, 1], one per slot; a block or a document reads the slot of its first token.
+    place_B: the sample's place in its epoch's order, -1 for a row of padding.
     """
 
     ids_BL: Tensor
@@ -146,8 +147,9 @@ def predictors(view: View, mask_id: int, shift: str, first_token: str = "clean")
     """For each token the index in its row of the token whose hidden state predicts it: int64 [B, S], -1 if absent.
 
     A token shown as the mask is read at its own position, or with `next_token` shift at the one before; a token shown
-    clear can only be predicted from the one before. The first token of a block has its predecessor in copy 0, as
-    decoding has; `first_token: noisy` takes the predecessor in its own copy instead (the public Fast-dLLM v2 code).
+    clear always at the one before, because its own state has already seen it. The first token of a block has its
+    predecessor in copy 0, as decoding has; `first_token: noisy` takes the predecessor in its own copy instead (the
+    public Fast-dLLM v2 code).
     """
     own_BS = torch.arange(view.ids_BS.shape[1], device=view.ids_BS.device).expand_as(view.ids_BS)
 

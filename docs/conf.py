@@ -2,7 +2,9 @@
 
 import re
 
-from dlm_lightning import __version__
+from dlm_lightning import __version__, attention, nonfinite
+from dlm_lightning.conversion import Conversion
+from dlm_lightning.module import Recipe
 
 project = "dlm_lightning"
 copyright = "its authors, Apache-2.0"
@@ -11,6 +13,8 @@ extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphin
 html_theme = "furo"
 html_title = f"dlm_lightning {version}"
 html_show_sphinx = False
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 myst_heading_anchors = 3
 suppress_warnings = ["myst.header"]  # a report begins below the heading that it is put under
 autodoc_inherit_docstrings = False  # what a class overrides is told where it comes from
@@ -18,7 +22,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_description_target = "documented"
 CODE = re.compile(r"`([^`]+)`(\w?)")
-TERM = re.compile(r"[\w/<>, ]{1,40}: \S")  # what is said of, at the beginning of a line: an entry of a list
+TERM = re.compile(r"(?!Shapes:)[\w/<>, ]{1,40}: \S")  # what is said of, at the beginning of a line: an entry of a list
 
 
 def restructured(lines):
@@ -38,6 +42,11 @@ def restructured(lines):
             entry = False
         before = line.strip()
     return [CODE.sub(lambda code: f"``{code[1]}``\\ {code[2]}", line.replace("|", "\\|")) for line in found]
+
+
+# names of a few values, as autodoc would show them
+Recipe.__init__.__annotations__["nonfinite"] = str(nonfinite.Answer).removeprefix("typing.")
+Conversion.__init__.__annotations__["attention"] = str(attention.Backend).removeprefix("typing.")
 
 
 def setup(app):

@@ -16,12 +16,16 @@ from dlm_lightning.view import block_start
 class Canvas:
     """Prompts and the masks after them, filled block by block, and within a block part by part.
 
-    ids_BL: the tokens; a mask is what is left to fill in. number_B: which prompt a row is. prompt_B: its tokens.
+    ids_BL: the tokens; a mask is what is left to fill in.
+    number_B: which prompt a row is.
+    prompt_B: its tokens.
     end_B: tokens of the row when it is full.
-    start_B, stop_B: the block of the first mask. part_B, until_B: the part of it, the block itself without parts.
+    start_B, stop_B: the block of the first mask.
+    part_B, until_B: the part of it, the block itself without parts.
     forwards_B: forwards spent on this part so far.
     final_B: what lies before was shown when all that it sees was filled in.
-    shown_BL: what was shown since its block began. clean_BL: what was shown since it was filled in.
+    shown_BL: what was shown since its block began.
+    clean_BL: what was shown since it was filled in.
 
     Args:
         prompts: token ids; masks in them are filled in, too.

@@ -29,8 +29,11 @@ GRAPHS = 64  # that a compiled network may have, for its widths and batches
 class Row:
     """A finished document.
 
-    ids: its tokens, prompt included. prompt_tokens: how many those are. forwards: NFE, prefill included.
-    shown: tokens that passed the network, added over the forwards. seen: those that would have without a cache.
+    ids: its tokens, prompt included.
+    prompt_tokens: how many of them are the prompt's.
+    forwards: NFE, prefill included.
+    shown: tokens that passed the network, added over the forwards.
+    seen: those that would have without a cache.
     """
 
     ids: list[int]
