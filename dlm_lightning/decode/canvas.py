@@ -78,7 +78,7 @@ class Canvas:
 
     @property
     def reach_B(self) -> Tensor:
-        """Where what can be seen ends: with the block, or with the document."""
+        """The end of what can be seen, that of the block or of the document."""
         return self.end_B if self.ahead else self.stop_B
 
     def visible(self, row: int) -> list[int]:

@@ -67,7 +67,7 @@ class Decoded:
 
     @property
     def tokens_per_forward(self) -> float:
-        """TPF: new tokens divided by NFE."""
+        """New tokens divided by NFE (TPF)."""
         return self.tokens / max(1, self.forwards)
 
     @property
