@@ -120,7 +120,9 @@ def words_of(command: str, out: str) -> list[str]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("document", [d for d in DOCUMENTS if commands(d)], ids=lambda path: path.name)
-def test_its_commands_run(document, place, typed, monkeypatch):
+def test_its_commands_run(document, place, typed, monkeypatch, tmp_path):
+    """In a folder of its own: another document's commands may make the same runs."""
+    place = shutil.copytree(place, tmp_path / "place")
     monkeypatch.chdir(place)
     failed = {}
     for number, command in enumerate(commands(document)):
