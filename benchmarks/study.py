@@ -298,7 +298,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("part", choices=("sources", "patterns", *PARTS, "verdicts"))
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time")
-    parser.add_argument("--seeds", type=int, default=SEEDS)
+    parser.add_argument("--seeds", type=int, default=SEEDS, help="of each arm")
     parser.add_argument("words", nargs="*", metavar="key=value", help="of all runs, for a trial")
     args = parser.parse_intermixed_args()
     if args.part == "sources":

@@ -44,7 +44,7 @@ def restructured(lines):
     return [CODE.sub(lambda code: f"``{code[1]}``\\ {code[2]}", line.replace("|", "\\|")) for line in found]
 
 
-# names of a few values, as autodoc would show them
+# autodoc shows an alias of a few values by its name, which says nothing of them
 Recipe.__init__.__annotations__["nonfinite"] = str(nonfinite.Answer).removeprefix("typing.")
 Conversion.__init__.__annotations__["attention"] = str(attention.Backend).removeprefix("typing.")
 

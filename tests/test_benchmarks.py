@@ -80,7 +80,7 @@ def place(corpus, typed, tmp_path_factory) -> Path:
 
 
 def words_of(command: str) -> list[str]:
-    """What is typed for a command: what stands there, then what makes it small, which goes before."""
+    """What is typed for a command: what stands there and then what makes it small; the last of two words holds."""
     _, script, *words = command.split()
     name = Path(script).name
     return [script, *words, *SMALL.get(" ".join([name, *words[:1]]), SMALL.get(name, []))]
