@@ -5,7 +5,7 @@ What a noisy copy sees of itself lies in blocks on the diagonal. These are parts
 a place the same clean context is left to meet; attention over both is merged by log-sum-exp.
 
 Shapes: B rows, b rows that are laid out alike, S tokens of a row, T tiles of it, t smaller ones in one. A part has n
-pieces, of which each has Q queries and K keys, the first P of them looked at pair by pair.
+pieces, of which each has Q queries and K keys, the last P of them looked at pair by pair.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Predicate = Callable[[View, View], Tensor]
 class Part(NamedTuple):
     """Queries of the `rows` and the keys that they meet, as spans of tokens, in n `pieces` of which each meets its own.
 
-    mask_bnQP: 0 where a query sees one of the first P keys, HIDDEN elsewhere; None where all are seen.
+    mask_bnQP: 0 where a query sees one of the last P keys, HIDDEN elsewhere; None where all are seen.
     """
 
     rows: slice | Tensor
@@ -118,9 +118,9 @@ def _of_layout(see: _Seen, relation_TT: list[list[int]], block_T: list[int]) -> 
     for met, tiles in groups.items():
         for some in (tiles[n : n + TOGETHER] for n in range(0, len(tiles), TOGETHER)):
             looked = [t for t in met if any(relation_TT[tile][t] == 1 for tile in some)]
-            queries, first = _spans(some, S), _spans(looked, S)
-            keys = first + _spans([t for t in met if t not in looked], S)
-            found.append(Part(slice(None), queries, keys, see.mask(queries, first)))
+            queries, last = _spans(some, S), _spans(looked, S)
+            keys = _spans([*(t for t in met if t not in looked), *looked], S)
+            found.append(Part(slice(None), queries, keys, see.mask(queries, last)))
     for size in BLOCKS:
         if own := _spans([tile for tile, block in enumerate(block_T) if block == size], S):
             pieces = length(own) // size
@@ -129,7 +129,7 @@ def _of_layout(see: _Seen, relation_TT: list[list[int]], block_T: list[int]) -> 
 
 
 def _spans(tiles: Sequence[int], S: int) -> list[slice]:
-    """Tiles in ascending order as spans, neighbours joined."""
+    """Tiles as spans, those that follow one another joined."""
     spans: list[slice] = []
     for tile in tiles:
         first, last = tile * SIZE, min((tile + 1) * SIZE, S)

@@ -1,11 +1,12 @@
 """Attention on CPUs, part by part: torch's CPU kernel on the queries and keys of each part of a view (see `parts`).
 
 Shapes: B rows, S tokens of a row, G key and value heads, each with h of the H query heads, of D numbers. A part has b
-rows and n pieces of Q queries and K keys, the first P of them looked at pair by pair.
+rows and n pieces of Q queries and K keys, the last P of them looked at pair by pair.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from dlm_lightning.attention import dense
 from dlm_lightning.attention.parts import Part, length, parts
 from dlm_lightning.view import View
 
+REACH = 256  # keys at a time in the backward kernel, whose buffers then stay in a core's cache
 _attend = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 _attend_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
 
@@ -93,15 +95,30 @@ class _Parted(torch.autograd.Function):
         totals, masks = [torch.zeros_like(x) for x in qkv], _Masks(qkv[0], ctx.parts)
         for part in ctx.parts:
             spans = (part.queries, part.keys, part.keys)
-            inputs = [_cut(part, where, x) for where, x in zip(spans, qkv, strict=True)]
+            q_part, k_part, v_part = (_cut(part, where, x) for where, x in zip(spans, qkv, strict=True))
             grad_part, out_part, lse_part = (_cut(part, part.queries, x) for x in (grad, out, lse))
-            kept, mask = (out_part, lse_part[..., 0]), masks(part)
-            found = _attend_backward(grad_part, *inputs, *kept, 0.0, False, attn_mask=mask, scale=ctx.scaling)
+            found = _gradients(grad_part, q_part, k_part, v_part, out_part, lse_part, masks(part), ctx.scaling)
             for total, where, x in zip(totals, spans, found, strict=True):
                 x = _joined(part, x, total.shape[2])
                 for span, own in _beside(where):
                     total[part.rows, :, :, span] += x[:, :, :, own]
         return *(x.flatten(1, 2).to(dtype) for x, dtype in zip(totals, dtypes, strict=True)), None, None
+
+
+def _gradients(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, scaling: float | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients of a part's queries, keys and values, REACH keys at a time: each key's depend on no other key."""
+    found = []
+    for first in range(0, k.shape[2], REACH):
+        some = slice(first, first + REACH)
+        own = None if mask is None else mask[..., some]
+        given = grad, q, k[:, :, some], v[:, :, some], out, lse[..., 0]
+        found.append(_attend_backward(*given, 0.0, False, attn_mask=own, scale=scaling))
+    if len(found) == 1:
+        return found[0]
+    grad_q, grad_k, grad_v = zip(*found, strict=True)
+    return functools.reduce(Tensor.add_, grad_q), torch.cat(grad_k, 2), torch.cat(grad_v, 2)
 
 
 def _merge(part: Part, out: Tensor, lse: Tensor, its_out: Tensor, its_lse: Tensor) -> None:
@@ -110,8 +127,8 @@ def _merge(part: Part, out: Tensor, lse: Tensor, its_out: Tensor, its_lse: Tenso
         at = (part.rows, slice(None), slice(None), span)
         found, sums = its_out[:, :, :, own], its_lse[:, :, :, own]
         if part.pieces > 1:
-            before, sums = lse[at], torch.logaddexp(lse[at], sums)
-            found = out[at] * (before - sums).exp() + found * (its_lse[:, :, :, own] - sums).exp()
+            found = out[at].lerp(found, (sums - lse[at]).sigmoid())
+            sums = torch.logaddexp(lse[at], sums)
         out[at], lse[at] = found, sums
 
 
@@ -149,7 +166,7 @@ class _Masks:
         shapes = [(b, Q, K) for b, n, Q, _, K in shapes if n == 1] or [(0, 0, 0)]
         b, Q, K = (max(sizes) for sizes in zip(*shapes, strict=True))
         self.free_bQhK = q_BGhSD.new_zeros(b, Q, q_BGhSD.shape[2], K)  # beyond what is looked at, all is seen
-        self.written = 0  # columns of it
+        self.written = self.free_bQhK.shape[3]  # from which column on it is
         self.rows = len(q_BGhSD)
 
     def __call__(self, part: Part) -> Tensor | None:
@@ -161,7 +178,8 @@ class _Masks:
             rows = self.rows if isinstance(part.rows, slice) else len(part.rows)
             mask = mask_bnQhP.expand(rows, -1, -1, -1, -1).flatten(2, 3).flatten(0, 1)[:, None]
             return mask.to(self.free_bQhK.dtype)
-        self.free_bQhK[..., P : self.written] = 0
-        self.free_bQhK[:b, :Q, :, :P] = mask_bnQhP[:, 0]
-        self.written = P
-        return self.free_bQhK[:b, :Q, :, : length(part.keys)].flatten(1, 2)[:, None]
+        at = self.free_bQhK.shape[3] - P
+        self.free_bQhK[..., self.written : at] = 0
+        self.free_bQhK[:b, :Q, :, at:] = mask_bnQhP[:, 0]
+        self.written = at
+        return self.free_bQhK[:b, :Q, :, -length(part.keys) :].flatten(1, 2)[:, None]

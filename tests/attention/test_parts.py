@@ -36,7 +36,7 @@ def met(part: Part, view: View):
     seen_bnQK = torch.ones(len(rows), *at_nQ.shape, at_nK.shape[1], dtype=torch.bool)
     if part.mask_bnQP is not None:
         assert ((part.mask_bnQP == 0) | (part.mask_bnQP == torch.tensor(HIDDEN))).all()
-        seen_bnQK[..., : part.mask_bnQP.shape[3]] = part.mask_bnQP == 0
+        seen_bnQK[..., -part.mask_bnQP.shape[3] :] = part.mask_bnQP == 0
     return rows, at_nQ, at_nK, seen_bnQK
 
 

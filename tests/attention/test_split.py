@@ -52,6 +52,17 @@ def test_it_equals_the_dense_backend_with_gradients(make_batch, pattern, rows, w
     assert all(torch.allclose(a, b) for a, b in zip(mine, reference, strict=True))
 
 
+@pytest.mark.parametrize("reach", [1, 50])
+@pytest.mark.parametrize("rows", ROWS)
+def test_gradients_are_the_same_however_many_keys_at_a_time(make_batch, monkeypatch, rows, reach):
+    view = view_of(make_batch, Pattern(16, "clean"), rows)
+    inputs = qkv(view, 4, 2)
+    monkeypatch.setattr(split, "REACH", reach)
+    outs = [backend.plan(view, sees).attend(*inputs, 0.3) for backend in (split, dense)]
+    mine, reference = (torch.autograd.grad(out, inputs, torch.ones_like(out)) for out in outs)
+    assert all(torch.allclose(a, b) for a, b in zip(mine, reference, strict=True))
+
+
 def test_a_predicate_of_ones_own(make_batch):
     def strided(q, k):
         return sees(q, k) & ((q.position_BS - k.position_BS) % 3 == 0)
