@@ -38,7 +38,7 @@ class Conversion(L.LightningModule):
         lora: train low-rank adapters in place of the layers' own matrices; needs the extra `lora`.
         freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
         attention: the backend: `auto` takes the fastest that computes a view; `dense`, `split` on CPUs, `flex` on CUDA,
-            `flash` on CUDA for views that are full or causal.
+            `fa4` the same by FlashAttention-4's kernel, `flash` on CUDA for views that are full or causal.
         compile: compile the decoder layers for training, which needs a C++ compiler on CPUs and Triton on GPUs.
         activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
     """

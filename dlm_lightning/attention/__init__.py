@@ -17,7 +17,7 @@ from dlm_lightning.view import View
 
 NAME = "dlm_lightning"
 SMALL = 512  # tokens of a row below which a GPU's dense mask costs less than a kernel that is compiled for it
-Backend = Literal["auto", "dense", "split", "flex", "flash"]
+Backend = Literal["auto", "dense", "split", "flex", "fa4", "flash"]
 Plan = dense.Plan | split.Plan | flex.Plan | flash.Plan | flash.CachedPlan
 
 
@@ -49,6 +49,7 @@ def require(
 NEEDS = {
     "split": "needs a CPU",
     "flex": "needs CUDA, Triton and a recipe that keeps the family's predicate",
+    "fa4": "needs flash-attn-4, torch 2.13, a GPU of the Hopper or Blackwell kind, bfloat16, and what flex needs",
     "flash": "needs CUDA, bfloat16, and documents that are each attended in full or causally",
 }
 
@@ -60,6 +61,8 @@ def _plan(backend: Backend, view: View, predicate: Callable[[View, View], Tensor
         return split.plan(view, predicate)
     if backend == "flex":
         return flex.plan(view, predicate)
+    if backend == "fa4":
+        return flex.fa4_plan(view, predicate, dtype)
     if backend == "flash":
         return flash.plan(view, predicate, dtype)
     return None

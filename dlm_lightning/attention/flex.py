@@ -8,9 +8,11 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cache
+from importlib.util import find_spec
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils._triton import has_triton
@@ -35,6 +37,8 @@ class Plan:
 
     view: View
     predicate: Callable[[View, View], Tensor]
+    queries: int = SIZE  # of a tile
+    kernel_options: dict[str, Any] | None = None
     masks: dict[int | None, BlockMask] = field(default_factory=dict)
 
     @property
@@ -45,7 +49,7 @@ class Plan:
     def mask(self, window: int | None = None) -> BlockMask:
         """The block mask of layers with this window."""
         if window not in self.masks:
-            self.masks[window] = block_mask(self.view, self.predicate, window)
+            self.masks[window] = block_mask(self.view, self.predicate, window, self.queries)
         return self.masks[window]
 
     @torch.compiler.disable  # in a layer that is compiled: the kernel is compiled by itself
@@ -60,7 +64,8 @@ class Plan:
     ) -> Tensor:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         gqa = q_BHSD.shape[1] != k_BGSD.shape[1]
-        options = {"score_mod": _capped(softcap), "block_mask": self.mask(window), "scale": scaling, "enable_gqa": gqa}
+        options: dict[str, Any] = {"score_mod": _capped(softcap), "block_mask": self.mask(window), "scale": scaling}
+        options |= {"enable_gqa": gqa, "kernel_options": self.kernel_options}
         own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
         return kernel()(q_BHSD.to(own), k_BGSD.to(own), v_BGSD, **options).transpose(1, 2).contiguous()
 
@@ -70,10 +75,36 @@ def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
     return Plan(view, predicate) if view.ids_BS.is_cuda and predicate is sees and has_triton() else None
 
 
-def block_mask(view: View, predicate: Callable[[View, View], Tensor], window: int | None = None) -> BlockMask:
-    """Which tiles of a view the kernel skips, looks at pair by pair, or takes whole."""
+def fa4_plan(view: View, predicate: Callable[[View, View], Tensor], dtype: torch.dtype = torch.float32) -> Plan | None:
+    """The block mask for FlashAttention-4's kernel; None where `plan` has none, without that kernel, or in float32.
+
+    `dtype` is the network's.
+    """
+    half = torch.is_autocast_enabled("cuda") or dtype != torch.float32
+    if not half or plan(view, predicate) is None or (queries := fa4_queries()) is None:
+        return None
+    return Plan(view, predicate, queries, {"BACKEND": "FLASH"})
+
+
+@cache
+def fa4_queries() -> int | None:
+    """Queries of a tile of FlashAttention-4's kernel on this GPU; None where torch or flash-attn-4 has none for it."""
+    try:
+        missing = find_spec("flash_attn.cute") is None
+    except ModuleNotFoundError:
+        missing = True
+    if missing or not torch.cuda.is_available() or torch.__version__ < "2.13":
+        return None
+    return {9: SIZE, 10: 2 * SIZE}.get(torch.cuda.get_device_capability()[0])
+
+
+def block_mask(
+    view: View, predicate: Callable[[View, View], Tensor], window: int | None = None, queries: int = SIZE
+) -> BlockMask:
+    """Which tiles of so many queries and SIZE keys the kernel skips, looks at pair by pair, or takes whole."""
     tiles = bounds.tiles(view, SIZE, predicate, window)
-    whole_BQT = tiles.some_BQT & tiles.all_BQT
+    some_BQT, hidden_BQT = (_joined(found, queries // SIZE) for found in (tiles.some_BQT, ~tiles.all_BQT))
+    whole_BQT = some_BQT & ~hidden_BQT
     S = view.ids_BS.shape[1]
 
     def looks(b: Tensor, _head: Tensor, q: Tensor, k: Tensor) -> Tensor:
@@ -82,8 +113,18 @@ def block_mask(view: View, predicate: Callable[[View, View], Tensor], window: in
         return seen if window is None else seen & near(query, key, window)
 
     return BlockMask.from_kv_blocks(
-        *_listed(tiles.some_BQT & ~whole_BQT), *_listed(whole_BQT), BLOCK_SIZE=SIZE, mask_mod=looks, seq_lengths=(S, S)
+        *_listed(some_BQT & ~whole_BQT),
+        *_listed(whole_BQT),
+        BLOCK_SIZE=(queries, SIZE),
+        mask_mod=looks,
+        seq_lengths=(S, S),
     )
+
+
+def _joined(found_BQT: Tensor, count: int) -> Tensor:
+    """What is found in any of so many neighbouring tiles of queries; of the last there may be fewer."""
+    short = -found_BQT.shape[1] % count
+    return F.pad(found_BQT, (0, 0, 0, short)).unflatten(1, (-1, count)).any(2)
 
 
 def _listed(chosen_BQT: Tensor) -> tuple[Tensor, Tensor]:

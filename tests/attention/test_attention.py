@@ -215,13 +215,15 @@ def test_a_backend_may_be_asked_for(make_batch, backend, pattern):
     assert torch.allclose(plan.attend(*inputs, 0.7), naive(*inputs, attention_mask(view), 0.7))
 
 
-@pytest.mark.parametrize("backend", ["flex", "flash"])
+@pytest.mark.parametrize("backend", ["flex", "fa4", "flash"])
 def test_a_backend_that_does_not_compute_a_view_leaves_it_to_the_fastest_and_cannot_be_required(make_batch, backend):
     view = AUTOREGRESSIVE.lay_out(packed(make_batch), [], MASK)
     assert isinstance(attention.plan(view, sees, backend=backend), split.Plan)
     for fine in ("auto", "dense", "split"):
         attention.require(fine, view, sees)
-    with pytest.raises(ValueError, match=rf"model.attention: {backend} does not compute .* it needs CUDA"):
+    with pytest.raises(
+        ValueError, match=rf"model.attention: {backend} does not compute .* it needs (CUDA|flash-attn-4)"
+    ):
         attention.require(backend, view, sees)
     with pytest.raises(ValueError, match=r"model.attention: split does not compute .* it needs a CPU"):
         attention.require("split", on_device(view), sees)

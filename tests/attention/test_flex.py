@@ -22,7 +22,7 @@ def view_of(make_batch, pattern):
 
 def qkv(view, dtype=torch.float32, device="cpu"):
     B, S = view.ids_BS.shape
-    return [torch.randn(B, n, S, 16, dtype=dtype, device=device, requires_grad=device != "cpu") for n in (4, 2, 2)]
+    return [torch.randn(B, n, S, 64, dtype=dtype, device=device, requires_grad=device != "cpu") for n in (4, 2, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -37,15 +37,24 @@ def test_the_kernel_under_the_block_mask_equals_the_dense_backend(make_batch, mo
     assert torch.allclose(mine, reference, atol=1e-5)
 
 
+@pytest.mark.parametrize("queries", [flex.SIZE, 2 * flex.SIZE])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_kernel_is_told_of_every_tile_with_a_pair_and_of_none_as_whole_that_is_not(make_batch, pattern, window):
+def test_the_kernel_is_told_of_every_tile_with_a_pair_and_of_none_as_whole_that_is_not(
+    make_batch, pattern, window, queries
+):
     view = view_of(make_batch, pattern)
-    mask = flex.block_mask(view, sees, window)
+    mask = flex.block_mask(view, sees, window, queries)
+    assert (queries, flex.SIZE) == mask.BLOCK_SIZE
     S = view.ids_BS.shape[1]
-    short = -S % flex.SIZE
-    seen_BSS = torch.nn.functional.pad(attention_mask(view, window=window), (0, short, 0, short))
-    tiles = seen_BSS.unflatten(2, (-1, flex.SIZE)).unflatten(1, (-1, flex.SIZE)).transpose(2, 3).flatten(3)
+
+    def tiles_of(beyond: bool):
+        """The pairs of each tile, [B, Q, T, pairs]."""
+        edges = (0, -S % flex.SIZE, 0, -S % queries)
+        seen_BSS = torch.nn.functional.pad(attention_mask(view, window=window), edges, value=beyond)
+        return seen_BSS.unflatten(2, (-1, flex.SIZE)).unflatten(1, (-1, queries)).transpose(2, 3).flatten(3)
+
+    tiles = tiles_of(False)
 
     def listed(counts, which):
         chosen_BQT = torch.zeros(tiles.shape[:3])
@@ -57,9 +66,7 @@ def test_the_kernel_is_told_of_every_tile_with_a_pair_and_of_none_as_whole_that_
     whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
     assert (looked + whole).max() == 1
     assert ((looked + whole).bool() >= tiles.any(3)).all()
-    inside_BSS = torch.nn.functional.pad(attention_mask(view, window=window), (0, short, 0, short), value=True)
-    inside = inside_BSS.unflatten(2, (-1, flex.SIZE)).unflatten(1, (-1, flex.SIZE)).transpose(2, 3).flatten(3)
-    assert (whole.bool() <= inside.all(3)).all()
+    assert (whole.bool() <= tiles_of(True).all(3)).all()
 
 
 @pytest.mark.slow
@@ -81,17 +88,51 @@ def test_it_is_for_cuda_and_the_familys_predicate(make_batch):
     assert flex.plan(view_of(make_batch, AUTOREGRESSIVE), sees) is None
 
 
+class Kernel:
+    """FlexAttention without a compiler, and what it was asked for."""
+
+    def __call__(self, *inputs, kernel_options, **options):
+        self.asked = kernel_options, options["block_mask"].BLOCK_SIZE
+        return flex_attention(*inputs, **options)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("generation, queries", [(9, 128), (10, 256)])
+def test_fa4_is_the_same_under_tiles_of_its_own(make_batch, monkeypatch, generation, queries):
+    """On Hopper and Blackwell, with torch 2.13 and flash-attn-4, in half precision; its kernel is torch's to choose."""
+    view, kernel = view_of(make_batch, PATTERNS[0]), Kernel()
+    with monkeypatch.context() as gpu:
+        gpu.setattr(flex, "plan", flex.Plan)
+        gpu.setattr(torch.cuda, "is_available", lambda: True)
+        gpu.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
+        gpu.setattr(flex, "fa4_queries", flex.fa4_queries.__wrapped__)  # not remembered
+        assert flex.fa4_plan(view, sees, torch.bfloat16) is None  # no flash-attn-4
+        gpu.setattr(flex, "find_spec", lambda name: name)
+        assert flex.fa4_plan(view, sees, torch.float32) is None
+        plan = flex.fa4_plan(view, sees, torch.bfloat16)
+    if torch.__version__ < "2.13":
+        assert plan is None
+        return
+    inputs = qkv(view)
+    monkeypatch.setattr(flex, "kernel", lambda: kernel)
+    assert torch.allclose(plan.attend(*inputs, 0.3), dense.plan(view, sees).attend(*inputs, 0.3), atol=1e-5)
+    assert kernel.asked == ({"BACKEND": "FLASH"}, (queries, 128))
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize("backend", ["flex", "fa4"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_compiled_it_equals_the_dense_backend_with_gradients(make_batch, pattern, window, softcap):
+def test_compiled_it_equals_the_dense_backend_with_gradients(make_batch, pattern, window, softcap, backend):
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if backend == "fa4" and flex.fa4_queries() is None:
+        pytest.skip("no flash-attn-4 for this GPU and torch")
     view = view_of(make_batch, pattern).to(torch.device("cuda"))
     inputs = qkv(view, torch.bfloat16, "cuda")
     exact = [x.detach().float().requires_grad_() for x in inputs]
-    mine = attention.plan(view, sees, backend="flex").attend(*inputs, 0.3, window, softcap)
+    mine = attention.plan(view, sees, dtype=torch.bfloat16, backend=backend).attend(*inputs, 0.3, window, softcap)
     reference = dense.plan(view, sees).attend(*exact, 0.3, window, softcap)
     assert (mine - reference).norm() <= 1e-2 * reference.norm()
     weight = torch.randn_like(reference)
