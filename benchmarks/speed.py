@@ -1,7 +1,7 @@
 """How fast is a training step? What `dlm bench` measures, against goals set before anything was made faster.
 
     python benchmarks/speed.py cpu        # two cores; slow in bfloat16 where a CPU has no units for it
-    python benchmarks/speed.py growth     # two cores: how a step grows with rows, blocks, documents, vocabulary
+    python benchmarks/speed.py growth     # two cores, half an hour: how a step grows with rows, blocks, documents, vocabulary
     python benchmarks/speed.py gpu        # one H200-class GPU: minutes
     python benchmarks/speed.py tables     # docs/results/speed.md anew from docs/results/speed.json
 
@@ -84,7 +84,7 @@ GOALS = {
 }
 COLUMNS = {"cpu": PRECISIONS, "gpu": tuple(MODELS)}
 GROWTH = {  # of a step on a CPU, one key at a time
-    "data.row_length": ("512", "1024", "2048"),
+    "data.row_length": ("512", "1024", "2048", "4096", "8192"),
     "model.block_size": ("4", "16", "64"),
     "documents": ("1", "2", "4", "8"),
     "data.vocab_size": ("4095", "16383", "32767"),
@@ -102,8 +102,11 @@ def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
             for model, (values, batch) in MODELS.items()
         }
     if part == "growth":
-        own = [*on_cpu("32-true", SMALL), *words]
-        return {key: Request([PAIR], own, ["fair"], turns, growth=(key, values)) for key, values in GROWTH.items()}
+        own = {key: ["data.batch_size=1"] if key == "data.row_length" else [] for key in GROWTH}
+        return {
+            key: Request([PAIR], [*on_cpu("32-true", SMALL), *own[key], *words], ["fair"], turns, growth=(key, values))
+            for key, values in GROWTH.items()
+        }
     return {
         f"{precision}/{size}": Request(recipes, [*on_cpu(precision, size), *words], ["peers", "fair"], turns)
         for precision in PRECISIONS
