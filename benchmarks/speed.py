@@ -1,7 +1,7 @@
 """How fast is a training step? What `dlm bench` measures, against goals set before anything was made faster.
 
     python benchmarks/speed.py cpu        # two cores; slow in bfloat16 where a CPU has no units for it
-    python benchmarks/speed.py growth     # two cores, half an hour: how a step grows with rows, blocks, documents, vocabulary
+    python benchmarks/speed.py growth     # two cores, half an hour: by length of rows, blocks, documents, vocabulary
     python benchmarks/speed.py gpu        # one H200-class GPU: minutes
     python benchmarks/speed.py tables     # docs/results/speed.md anew from docs/results/speed.json
 
