@@ -219,4 +219,6 @@ def _values(folder: Path) -> dict[str, Any]:
         raise ValueError(f"model.source: {folder / 'config.json'} is not JSON: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"model.source: {folder / 'config.json'} is not a mapping of keys to values")
+    if not isinstance(kind := values.get("model_type", ""), str):
+        raise ValueError(f"model.source: {folder / 'config.json'} has model_type {json.dumps(kind)}, which is no name")
     return values

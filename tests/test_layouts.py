@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 
@@ -182,6 +183,15 @@ def test_a_model_of_ours_that_lacks_its_mask_id_is_refused(source_folder, tmp_pa
     (folder / "config.json").write_text(json.dumps(values | {"dlm": {"shift": "none", "block_size": 4}}))
     with pytest.raises(ValueError, match=r"ours/config.json states a diffusion model without its mask_id$"):
         _ = Source(str(folder)).diffusion
+
+
+@pytest.mark.parametrize("kind", [["qwen3"], None, 3, {}])
+def test_a_model_type_that_is_no_name_is_refused(source_folder, tmp_path, kind):
+    folder = shutil.copytree(source_folder("qwen3"), tmp_path / "ours")
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | {"model_type": kind}))
+    with pytest.raises(ValueError, match=rf"ours/config.json has model_type {re.escape(json.dumps(kind))}, which is"):
+        _ = Source(str(folder)).config
 
 
 # LLaDA, whose config and tensors have names of their own

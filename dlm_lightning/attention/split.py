@@ -32,6 +32,7 @@ class Plan:
     predicate: Callable[[View, View], Tensor]
     masked: dense.Plan  # for what the kernel has not
     laid_out: dict[int | None, list[Part]] = field(default_factory=dict)
+    masks: dict[tuple[int | None, int, torch.dtype], _Masks] = field(default_factory=dict)
 
     @property
     def windows(self) -> set[int | None]:
@@ -57,7 +58,11 @@ class Plan:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         if softcap is not None:
             return self.masked.attend(q_BHSD, k_BGSD, v_BGSD, scaling, window, softcap)
-        return _Parted.apply(q_BHSD, k_BGSD, v_BGSD, scaling, self.lay_out(window))  # type: ignore[return-value]
+        parts, share = self.lay_out(window), q_BHSD.shape[1] // k_BGSD.shape[1]
+        key = window, share, _wide(v_BGSD)
+        if key not in self.masks:
+            self.masks[key] = _Masks(parts, q_BHSD, share, _wide(v_BGSD))
+        return _Parted.apply(q_BHSD, k_BGSD, v_BGSD, scaling, parts, self.masks[key])  # type: ignore[return-value]
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
@@ -66,25 +71,29 @@ def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:
 
 
 class _Parted(torch.autograd.Function):
-    """Attention [B, S, H, D], of which nothing but inputs, output and log-sum-exp is kept for the backward pass.
-
-    It is computed in float32 at least: in bfloat16 the kernel's backward pass takes longer.
-    """
+    """Attention [B, S, H, D], of which nothing but inputs, output and log-sum-exp is kept for the backward pass."""
 
     @staticmethod
-    def forward(ctx: Any, q_BHSD: Tensor, k_BGSD: Tensor, v_BGSD: Tensor, scaling: float | None, parts: list[Part]):
-        wide = torch.promote_types(v_BGSD.dtype, torch.float32)
+    def forward(
+        ctx: Any,
+        q_BHSD: Tensor,
+        k_BGSD: Tensor,
+        v_BGSD: Tensor,
+        scaling: float | None,
+        parts: list[Part],
+        masks: _Masks,
+    ):
+        wide = _wide(v_BGSD)
         out_BSHD = q_BHSD.new_empty(q_BHSD.transpose(1, 2).shape, dtype=wide)
         q, k, v, out = _grouped(wide, q_BHSD, k_BGSD, v_BGSD, out_BSHD.transpose(1, 2))
         lse = q.new_empty((*q.shape[:-1], 1))
-        masks = _Masks(q, parts)
         for part in parts:
             q_part, k_part, v_part = _cut(part, part.queries, q), _cut(part, part.keys, k), _cut(part, part.keys, v)
             found, sums = _attend(q_part, k_part, v_part, 0.0, False, attn_mask=masks(part), scale=scaling)
             _merge(part, out, lse, *(_joined(part, x, q.shape[2]) for x in (found, sums[..., None])))
         out_BSHD = out_BSHD.to(v_BGSD.dtype)  # under autocast, rotary positions leave queries and keys in float32
         ctx.save_for_backward(q_BHSD, k_BGSD, v_BGSD, out_BSHD, lse)
-        ctx.scaling, ctx.parts = scaling, parts
+        ctx.scaling, ctx.parts, ctx.masks = scaling, parts, masks
         return out_BSHD
 
     @staticmethod
@@ -92,17 +101,34 @@ class _Parted(torch.autograd.Function):
         *qkv, out_BSHD, lse = ctx.saved_tensors
         dtypes = [x.dtype for x in qkv]
         *qkv, out, grad = _grouped(lse.dtype, *qkv, out_BSHD.transpose(1, 2), grad_outputs[0].transpose(1, 2))
-        totals, masks = [torch.zeros_like(x) for x in qkv], _Masks(qkv[0], ctx.parts)
+        grads = [torch.empty_like(qkv[0]), *map(torch.zeros_like, qkv[1:])]
         for part in ctx.parts:
             spans = (part.queries, part.keys, part.keys)
             q_part, k_part, v_part = (_cut(part, where, x) for where, x in zip(spans, qkv, strict=True))
             grad_part, out_part, lse_part = (_cut(part, part.queries, x) for x in (grad, out, lse))
-            found = _gradients(grad_part, q_part, k_part, v_part, out_part, lse_part, masks(part), ctx.scaling)
-            for total, where, x in zip(totals, spans, found, strict=True):
-                x = _joined(part, x, total.shape[2])
-                for span, own in _beside(where):
-                    total[part.rows, :, :, span] += x[:, :, :, own]
-        return *(x.flatten(1, 2).to(dtype) for x, dtype in zip(totals, dtypes, strict=True)), None, None
+            found = _gradients(grad_part, q_part, k_part, v_part, out_part, lse_part, ctx.masks(part), ctx.scaling)
+            of_q, of_k, of_v = (_joined(part, x, total.shape[2]) for x, total in zip(found, grads, strict=True))
+            _put(part, part.queries, of_q, grads[0], add=part.pieces > 1)
+            _put(part, part.keys, of_k, grads[1], add=True)
+            _put(part, part.keys, of_v, grads[2], add=True)
+        return *(x.flatten(1, 2).to(dtype) for x, dtype in zip(grads, dtypes, strict=True)), None, None, None
+
+
+def _put(part: Part, spans: list[slice], x: Tensor, total: Tensor, add: bool) -> None:
+    """Put what a part has found where it belongs, or add it to what is there."""
+    for span, own in _beside(spans):
+        at = (part.rows, slice(None), slice(None), span)
+        if not add:
+            total[at] = x[:, :, :, own]
+        elif isinstance(part.rows, slice):
+            total[at].add_(x[:, :, :, own])  # `+=` would copy the sum once more
+        else:
+            total[at] += x[:, :, :, own]
+
+
+def _wide(v_BGSD: Tensor) -> torch.dtype:
+    """What attention is computed in: float32 at least, for in bfloat16 the kernel's backward pass takes longer."""
+    return torch.promote_types(v_BGSD.dtype, torch.float32)
 
 
 def _gradients(
@@ -161,13 +187,13 @@ def _beside(spans: list[slice]) -> list[tuple[slice, slice]]:
 class _Masks:
     """The kernel's masks [b·n or 1, 1, Q·h, K]; those of parts in one piece are written into the same memory."""
 
-    def __init__(self, q_BGhSD: Tensor, parts: list[Part]) -> None:
+    def __init__(self, parts: list[Part], q_BHSD: Tensor, share: int, dtype: torch.dtype) -> None:
         shapes = [(*part.mask_bnQP.shape, length(part.keys)) for part in parts if part.mask_bnQP is not None]
         shapes = [(b, Q, K) for b, n, Q, _, K in shapes if n == 1] or [(0, 0, 0)]
         b, Q, K = (max(sizes) for sizes in zip(*shapes, strict=True))
-        self.free_bQhK = q_BGhSD.new_zeros(b, Q, q_BGhSD.shape[2], K)  # beyond what is looked at, all is seen
-        self.written = self.free_bQhK.shape[3]  # from which column on it is
-        self.rows = len(q_BGhSD)
+        self.free_bQhK = q_BHSD.new_zeros(b, Q, share, K, dtype=dtype)  # beyond what is looked at, all is seen
+        self.written = K  # from which column on it is
+        self.rows = len(q_BHSD)
 
     def __call__(self, part: Part) -> Tensor | None:
         if part.mask_bnQP is None:
