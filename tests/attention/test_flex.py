@@ -106,6 +106,7 @@ def test_fa4_is_the_same_under_tiles_of_its_own(make_batch, monkeypatch, generat
         gpu.setattr(torch.cuda, "is_available", lambda: True)
         gpu.setattr(torch.cuda, "get_device_capability", lambda: (generation, 0))
         gpu.setattr(flex, "fa4_queries", flex.fa4_queries.__wrapped__)  # not remembered
+        gpu.setattr(flex, "find_spec", lambda name: None)
         assert flex.fa4_plan(view, sees, torch.bfloat16) is None  # no flash-attn-4
         gpu.setattr(flex, "find_spec", lambda name: name)
         assert flex.fa4_plan(view, sees, torch.float32) is None

@@ -63,6 +63,20 @@ def test_gradients_are_the_same_however_many_keys_at_a_time(make_batch, monkeypa
     assert all(torch.allclose(a, b) for a, b in zip(mine, reference, strict=True))
 
 
+@pytest.mark.parametrize("rows", ROWS)
+def test_layers_share_masks(make_batch, rows):
+    """Forward passes and then backward ones in reverse order, with windows, and heads that share keys otherwise."""
+    view = view_of(make_batch, Pattern(16, "clean"), rows)
+    layers = [(qkv(view, heads, 2), window) for heads, window in ((4, None), (4, 20), (2, None), (4, None))]
+    found = []
+    for plan in (split.plan(view, sees), dense.plan(view, sees)):
+        outs = [plan.attend(*inputs, 0.3, window) for inputs, window in layers]
+        pairs = [*zip(outs, (inputs for inputs, _ in layers), strict=True)]
+        found.append([torch.autograd.grad(out, inputs, torch.ones_like(out)) for out, inputs in reversed(pairs)])
+    for mine, reference in zip(*found, strict=True):
+        assert all(torch.allclose(a, b) for a, b in zip(mine, reference, strict=True))
+
+
 def test_a_predicate_of_ones_own(make_batch):
     def strided(q, k):
         return sees(q, k) & ((q.position_BS - k.position_BS) % 3 == 0)
