@@ -9,7 +9,7 @@ from typing import Any, Literal
 import lightning as L
 from transformers import PreTrainedModel
 
-from dlm_lightning import attention, layouts, lora, mask_token, precision
+from dlm_lightning import attention, layouts, lora, mask_token, precision, readout
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.layouts import Diffusion
 from dlm_lightning.lora import Lora
@@ -39,6 +39,8 @@ class Conversion(L.LightningModule):
         freeze: patterns of names of parameters that are not trained, such as `"model.layers.0.*"` or `"*norm*"`.
         attention: the backend: `auto` takes the fastest that computes a view; `dense`, `split` on CPUs, `flex` on CUDA,
             `fa4` the same by FlashAttention-4's kernel, `flash` on CUDA for views that are full or causal.
+        head: what computes loss and gradient of the head in training: `torch`, or on CUDA `liger`, whose fused kernel
+            needs the extra `liger`.
         compile: compile the decoder layers for training, which needs a C++ compiler on CPUs and Triton on GPUs.
         activation_checkpointing: compute each layer's activations anew in the backward pass rather than keep them.
     """
@@ -61,6 +63,7 @@ class Conversion(L.LightningModule):
         lora: Lora | None = None,
         freeze: list[str] | None = None,
         attention: attention.Backend = "auto",
+        head: readout.Head = "torch",
         compile: bool = False,
         activation_checkpointing: bool = False,
     ) -> None:
@@ -72,7 +75,7 @@ class Conversion(L.LightningModule):
         self.mask_token, self.mask_init, self.first_token = mask_token, mask_init, first_token
         self.trusted = trust_remote_code
         self.shift: str = shift or stated(source, "shift")
-        self.backend, self.compiled = attention, compile
+        self.backend, self.head, self.compiled = attention, head, compile
         self.lora, self.frozen, self.activation_checkpointing = lora, tuple(freeze or ()), activation_checkpointing
 
     @cached_property
@@ -171,5 +174,13 @@ class Conversion(L.LightningModule):
         """The Denoiser around a network, with the recipe's mask token, shift and predicate."""
         ids = self.tokenizer.get_vocab().values()
         return Denoiser(
-            network, self.mask_id, ids, self.shift, self.first_token, self.predicate, self.pattern, self.backend
+            network,
+            self.mask_id,
+            ids,
+            self.shift,
+            self.first_token,
+            self.predicate,
+            self.pattern,
+            self.backend,
+            self.head,
         )

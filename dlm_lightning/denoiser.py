@@ -31,6 +31,7 @@ class Denoiser(nn.Module):
         predicate: who sees whom, called as `sees(query, key)`.
         pattern: the pattern that the network was trained for, which decoders go by.
         backend: how attention is computed; see `attention.plan`.
+        head: how the head's weighted sum is computed; see `readout.weighted_nll`.
     """
 
     banned_X: Tensor
@@ -45,6 +46,7 @@ class Denoiser(nn.Module):
         predicate: Callable[[View, View], Tensor] = sees,
         pattern: Pattern = AUTOREGRESSIVE,
         backend: attention.Backend = "auto",
+        head: readout.Head = "torch",
     ) -> None:
         super().__init__()
         self.network = network
@@ -54,6 +56,7 @@ class Denoiser(nn.Module):
         self.predicate = predicate
         self.pattern = pattern
         self.backend = backend
+        self.head = head
         self.token_ids = sorted(set(token_ids) - {mask_id})
         banned = sorted(set(range(network.config.vocab_size)) - set(self.token_ids))
         self.register_buffer("banned_X", torch.tensor(banned, dtype=torch.long), persistent=False)
@@ -99,7 +102,7 @@ class Denoiser(nn.Module):
             return readout.logits(self.network, hidden_ND, self.banned_X)
         if weight_N is None:
             return readout.nll(self.network, hidden_ND, target_N, self.banned_X)
-        return readout.weighted_nll(self.network, hidden_ND, target_N, weight_N, self.banned_X)
+        return readout.weighted_nll(self.network, hidden_ND, target_N, weight_N, self.banned_X, self.head)
 
     def _hidden(self, view: View, keys: View, cache: Cache | None = None) -> Tensor:
         """The network's last hidden states [B, S, D], behind its final norm."""

@@ -20,7 +20,7 @@ class FlopCounter(FlopCounterMode):
     """
 
     forward = 0
-    by_hand: ClassVar[bool] = False  # see `gradient`
+    by_hand: ClassVar[float] = 0.0  # see `gradient`
 
     def __init__(self) -> None:
         kernels = {getattr(torch.ops.aten, _CPU): _attention, getattr(torch.ops.aten, f"{_CPU}_backward"): _backward}
@@ -31,19 +31,19 @@ class FlopCounter(FlopCounterMode):
     def _count_flops(self, op: Any, out: Any, args: Any, kwargs: Any) -> Any:
         before = self.get_total_flops()
         out = super()._count_flops(op, out, args, kwargs)
-        if torch._C._current_graph_task_id() == -1 and not self.by_hand:  # autograd is not at work
-            self.forward += self.get_total_flops() - before
+        if torch._C._current_graph_task_id() == -1:  # autograd is not at work
+            self.forward += round((1 - self.by_hand) * (self.get_total_flops() - before))
         return out
 
 
 @contextmanager
-def gradient() -> Iterator[None]:
-    """Meanwhile, FLOPs are those of a gradient that is computed without autograd, and no part of a forward pass."""
-    FlopCounter.by_hand = True
+def gradient(share: float = 1.0) -> Iterator[None]:
+    """Meanwhile, that share of FLOPs is of a gradient that is computed without autograd, and not of a forward pass."""
+    FlopCounter.by_hand = share
     try:
         yield
     finally:
-        FlopCounter.by_hand = False
+        FlopCounter.by_hand = 0.0
 
 
 class _Everything:

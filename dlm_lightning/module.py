@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 from torchmetrics import MeanMetric
 from transformers.optimization import get_cosine_with_min_lr_schedule_with_warmup
 
-from dlm_lightning import attention, nonfinite, shards
+from dlm_lightning import attention, nonfinite, readout, shards
 from dlm_lightning.checkpoint import FACTS, agree, rewind
 from dlm_lightning.compilation import compile_layers
 from dlm_lightning.conversion import Conversion
@@ -214,6 +214,7 @@ class Recipe(Conversion):
             with self.trainer.precision_plugin.forward_context():
                 view = self._smallest_view().to(self.device)
                 attention.require(self.backend, view, self.predicate, self.denoiser.network.dtype)
+        readout.require(self.head, self.denoiser.network, self.device)
         check_sight(self.denoiser, self.pattern)
         if not any(isinstance(parameter, DTensor) for parameter in self.denoiser.parameters()):
             check_readout(self.denoiser)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from dlm_lightning import bfloat16, flops
+from dlm_lightning import bfloat16, flops, liger
 
+Head = Literal["torch", "liger"]
 AT_A_TIME = {"cpu": 2**23, "cuda": 2**28}  # logits that exist at the same time, on other devices as on a GPU
 AFTER_THE_HEAD = ("logit_scale", "logits_scaling", "final_logit_softcapping")  # keys of configs
 MOSTLY = 0.75  # the share of all tokens from which on it is not worth to read some alone
@@ -25,6 +26,16 @@ MOSTLY = 0.75  # the share of all tokens from which on it is not worth to read s
 def logits(network: PreTrainedModel, hidden_ND: Tensor, banned_X: Tensor) -> Tensor:
     """The network's own readout [N, V] in float32, −∞ for the rows of the vocabulary that are banned."""
     return _raw(network, hidden_ND).index_fill(1, banned_X, -torch.inf)
+
+
+def require(head: Head, network: PreTrainedModel, device: torch.device) -> None:
+    """Raises ValueError where the head cannot be computed so."""
+    if head != "liger":
+        return
+    if not liger.there(device):
+        raise ValueError(f"model.head: liger needs CUDA and {liger.PACKAGE}, the extra liger")
+    if not _is_matrix(network):
+        raise ValueError(f"model.head: liger does not compute the head of {network.config.model_type}, but torch does")
 
 
 def nll(network: PreTrainedModel, hidden_ND: Tensor, target_N: Tensor, banned_X: Tensor) -> Tensor:
@@ -38,9 +49,14 @@ def nll(network: PreTrainedModel, hidden_ND: Tensor, target_N: Tensor, banned_X:
 
 
 def weighted_nll(
-    network: PreTrainedModel, hidden_ND: Tensor, target_N: Tensor, weight_N: Tensor, banned_X: Tensor
+    network: PreTrainedModel,
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    banned_X: Tensor,
+    head: Head = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Σ w·(−log p) and, without a gradient, each −log p [N].
+    """Σ w·(−log p) and, without a gradient, each −log p [N]; by Liger if the head says so and it works on the device.
 
     The gradient of the logits, w·(p − 1[target]), is known as soon as they are, so hidden states and head get theirs
     in the forward pass, some tokens at a time, and no logits are computed twice. A sum that is not differentiated, or
@@ -49,9 +65,8 @@ def weighted_nll(
     if not torch.is_grad_enabled():
         nll_N = nll(network, hidden_ND, target_N, banned_X)
         return (nll_N * weight_N).sum(), nll_N
-    head: Any = network.get_output_embeddings()
-    trained = [parameter for parameter in head.parameters() if parameter.requires_grad]
-    return _WeightedNll.apply(network, hidden_ND, target_N, weight_N, banned_X, *trained)  # type: ignore[return-value]
+    trained = [p for p in network.get_output_embeddings().parameters() if p.requires_grad]
+    return _WeightedNll.apply(network, hidden_ND, target_N, weight_N, banned_X, head, *trained)  # type: ignore[return-value]
 
 
 class _WeightedNll(torch.autograd.Function):
@@ -63,32 +78,21 @@ class _WeightedNll(torch.autograd.Function):
         target_N: Tensor,
         weight_N: Tensor,
         banned_X: Tensor,
+        head: Head,
         *trained: nn.Parameter,
     ) -> tuple[Tensor, Tensor]:
-        grad_ND = torch.empty_like(hidden_ND)
-        grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
-        nll_N = weight_N.new_empty(len(target_N))
-        weight_VD = _sole_weight(network, hidden_ND.device)
-        first = 0
-        for hidden_nD, target_n, weight_n in _parts(network, hidden_ND, target_N, weight_N):
-            last = first + len(target_n)
-            hidden_nD = hidden_nD.detach().requires_grad_(weight_VD is None)
-            with torch.set_grad_enabled(weight_VD is None):
-                raw_nV = _raw(network, hidden_nD)
-            nll_n, slope_nV, scale_n1 = _slope(raw_nV.detach().index_fill_(1, banned_X, -torch.inf), target_n)
-            scale_n1 = scale_n1 * weight_n[:, None]
-            if weight_VD is not None:
-                with flops.gradient(), torch.autocast(hidden_ND.device.type, enabled=False):
-                    grad_nD = slope_nV @ weight_VD * scale_n1
-                    for total in grads:
-                        total.addmm_(slope_nV.t(), hidden_nD.float() * scale_n1)
-            else:
-                grad_nD, *more = torch.autograd.grad(raw_nV, [hidden_nD, *trained], slope_nV.mul_(scale_n1))
-                for total, part in zip(grads, more, strict=True):
-                    total += part
-            nll_N[first:last], grad_ND[first:last] = nll_n, grad_nD
-            first = last
-        ctx.grads = [grad_ND, *(total.to(p.dtype) for total, p in zip(grads, trained, strict=True))]
+        device, tokens = hidden_ND.device, (target_N, weight_N, banned_X)
+        if _is_matrix(network):
+            head_VD = network.get_output_embeddings().weight
+            dtype = torch.get_autocast_dtype(device.type) if _in_half(device) else head_VD.dtype
+            both = hidden_ND.detach().to(dtype), head_VD.detach().to(dtype)
+            fused = head == "liger" and len(target_N) > 0 and liger.there(device)
+            gradients = liger.gradients if fused else _by_products
+            with torch.autocast(device.type, enabled=False):
+                nll_N, *grads = gradients(*both, *tokens, bool(trained), _at_a_time(network, device))
+        else:
+            nll_N, *grads = _by_autograd(network, hidden_ND, *tokens, trained)
+        ctx.grads = [x.to(y.dtype) for x, y in zip(grads, [hidden_ND, *trained], strict=True)]
         ctx.mark_non_differentiable(nll_N)
         return (nll_N * weight_N).sum(), nll_N
 
@@ -98,16 +102,79 @@ class _WeightedNll(torch.autograd.Function):
             raise RuntimeError("the gradient of a weighted sum of -log p is there for one backward pass")
         grad_ND, *grads = (grad.mul_(slopes[0]) for grad in ctx.grads)
         ctx.grads = None
-        return None, grad_ND, None, None, None, *grads
+        return None, grad_ND, None, None, None, None, *grads
 
 
-def _slope(logits_nV: Tensor, target_n: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """−log p of the targets, and its slope p − 1[target] as a product: in the logits' place, and a scale [n, 1]."""
+def _by_products(
+    hidden_ND: Tensor,
+    head_VD: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    banned_X: Tensor,
+    trained: bool,
+    at_a_time: int,
+) -> tuple[Tensor, ...]:
+    """Each −log p [N], and the gradients of Σ w·(−log p): of hidden states [N, D] and, if trained, of the head [V, D].
+
+    For logits that are hidden states times the head and nothing else. Products are of the dtype of both, what is
+    between them and the sum over tokens of float32; all chunks have their logits in the same memory.
+    """
+    N, V = len(hidden_ND), len(head_VD)
+    exact = hidden_ND.dtype == torch.float32
+    product_nV = hidden_ND.new_empty(min(N, at_a_time), V)
+    logits_nV = product_nV if exact else torch.empty_like(product_nV, dtype=torch.float32)
+    nll_N = weight_N.new_empty(N)
+    grad_ND, grad_VD = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden_ND, head_VD))
+    for first in range(0, N, at_a_time):
+        part = slice(first, first + at_a_time)
+        hidden_nD, weight_n1 = hidden_ND[part], weight_N[part, None]
+        some_nV = torch.mm(hidden_nD, head_VD.t(), out=product_nV[: len(hidden_nD)])
+        slope_nV = some_nV if exact else logits_nV[: len(hidden_nD)].copy_(some_nV)
+        nll_N[part] = _slope(slope_nV.index_fill_(1, banned_X, -torch.inf), target_N[part])
+        if not exact:
+            some_nV.copy_(slope_nV)
+        with flops.gradient():
+            grad_ND[part] = some_nV @ head_VD * weight_n1
+            if trained and exact:
+                grad_VD.addmm_(some_nV.t(), hidden_nD * weight_n1)
+            elif trained:
+                grad_VD += some_nV.t() @ (hidden_nD * weight_n1).to(some_nV.dtype)
+    return (nll_N, grad_ND, grad_VD) if trained else (nll_N, grad_ND)
+
+
+def _by_autograd(
+    network: PreTrainedModel,
+    hidden_ND: Tensor,
+    target_N: Tensor,
+    weight_N: Tensor,
+    banned_X: Tensor,
+    trained: Sequence[nn.Parameter],
+) -> tuple[Tensor, ...]:
+    """The same, by hidden states and whatever is trained of any head."""
+    nll_N, grad_ND = weight_N.new_empty(len(target_N)), torch.empty_like(hidden_ND)
+    grads = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in trained]
+    first = 0
+    for hidden_nD, target_n, weight_n in _parts(network, hidden_ND, target_N, weight_N):
+        part = slice(first, first := first + len(target_n))
+        hidden_nD = hidden_nD.detach().requires_grad_()
+        with torch.enable_grad():
+            raw_nV = _raw(network, hidden_nD)
+        slope_nV = raw_nV.detach().index_fill_(1, banned_X, -torch.inf)
+        nll_N[part] = _slope(slope_nV, target_n)
+        grad_ND[part], *more = torch.autograd.grad(raw_nV, [hidden_nD, *trained], slope_nV.mul_(weight_n[:, None]))
+        for total, one in zip(grads, more, strict=True):
+            total += one
+    return nll_N, grad_ND, *grads
+
+
+def _slope(logits_nV: Tensor, target_n: Tensor) -> Tensor:
+    """−log p of the targets [n]; leaves its slope, p − 1[target], in the logits' place."""
     target_n1 = target_n[:, None]
     logit_n1, top_n1 = logits_nV.gather(1, target_n1), logits_nV.amax(1, keepdim=True)
-    total_n1 = logits_nV.sub_(top_n1).exp_().sum(1, keepdim=True)
-    nll_n = (top_n1 - logit_n1 + total_n1.log())[:, 0]
-    return nll_n, logits_nV.scatter_add_(1, target_n1, -total_n1), 1 / total_n1
+    p_nV = torch.softmax(logits_nV, 1, out=logits_nV)
+    nll_n1 = top_n1 - logit_n1 - p_nV.amax(1, keepdim=True).log()
+    p_nV.scatter_(1, target_n1, torch.expm1(-nll_n1))
+    return nll_n1[:, 0]
 
 
 @contextmanager
@@ -145,7 +212,7 @@ def read_alone(layer: nn.Module, read_N: Tensor, tokens: int) -> Iterator[None]:
 def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     """The head's logits, with what some families do to them after it (a probe compares)."""
     config, head = network.config, network.get_output_embeddings()
-    if bfloat16.in_hardware(hidden_ND.device) or any(p.dtype == torch.bfloat16 for p in head.parameters()):
+    if _in_half(hidden_ND.device) or any(p.dtype == torch.bfloat16 for p in head.parameters()):
         logits_NV = head(hidden_ND).float()
     else:
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -158,21 +225,24 @@ def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     return logits_NV
 
 
-def _sole_weight(network: PreTrainedModel, device: torch.device) -> Tensor | None:
-    """The head's weight, if logits are hidden states times it and nothing else, in float32.
-
-    Then two products are all that their gradient needs, and the weight's can be added up in its place.
-    """
+def _is_matrix(network: PreTrainedModel) -> bool:
+    """Whether logits are hidden states times a matrix, and nothing else."""
     config, head = network.config, network.get_output_embeddings()
-    if type(head) is not nn.Linear or head.bias is not None or head.weight.dtype != torch.float32:
-        return None
-    if torch.is_autocast_enabled(device.type) and bfloat16.in_hardware(device):
-        return None
     alone = all(getattr(config, key, None) in (None, 1) for key in AFTER_THE_HEAD)
-    return head.weight.detach() if alone else None
+    return alone and type(head) is nn.Linear and head.bias is None
+
+
+def _in_half(device: torch.device) -> bool:
+    """Whether autocast makes products of half precision: not where that would be imitated."""
+    return torch.is_autocast_enabled(device.type) and bfloat16.in_hardware(device)
 
 
 def _parts(network: PreTrainedModel, *tensors: Tensor) -> Sequence[tuple[Tensor, ...]]:
     """Tensors over N cut alike, so that no more logits exist at a time than may."""
-    size = max(1, AT_A_TIME.get(tensors[0].device.type, AT_A_TIME["cuda"]) // network.config.vocab_size)
+    size = _at_a_time(network, tensors[0].device)
     return [*zip(*(tensor.split(size) for tensor in tensors), strict=True)]
+
+
+def _at_a_time(network: PreTrainedModel, device: torch.device) -> int:
+    """Tokens whose logits may exist at the same time."""
+    return max(1, AT_A_TIME.get(device.type, AT_A_TIME["cuda"]) // network.config.vocab_size)

@@ -24,8 +24,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import pytest
 import torch
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels written in Triton then run on a CPU
+
 from hypothesis import settings
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from dlm_lightning import attention, cli
@@ -151,6 +156,24 @@ def make_denoiser(source_folder: Callable[..., Path]) -> Callable[..., Denoiser]
         return Denoiser(copy.deepcopy(network(family, tied)), mask_id=300, token_ids=range(300), **options)
 
     return make
+
+
+@pytest.fixture(scope="session")
+def products() -> type[TorchDispatchMode]:
+    """`with products(columns) as made:` finds matrix products with so many columns, as tensors without values."""
+
+    class Products(TorchDispatchMode):
+        def __init__(self, columns: int) -> None:
+            super().__init__()
+            self.columns, self.found = columns, []
+
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            out = function(*args, **(kwargs or {}))
+            if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm) and out.shape[1] == self.columns:
+                self.found.append(out.to("meta"))
+            return out
+
+    return Products
 
 
 @pytest.fixture(scope="session")

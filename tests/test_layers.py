@@ -15,6 +15,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (0, {"loss", "schedule"}),
     (0, {"tally"}),
     (1, {"layouts", "bfloat16", "flops"}),
+    (1, {"liger"}),
     (1, {"source", "mask_token", "attention", "readout", "lora", "cache"}),
     (1, {"denoiser", "drift", "representation", "compilation"}),
     (1, {"decode", "sight", "likelihood"}),

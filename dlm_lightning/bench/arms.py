@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from dlm_lightning import attention
+from dlm_lightning import attention, readout
 from dlm_lightning.bench.baselines import BASELINES, Loss
 from dlm_lightning.catalog import nearest
 from dlm_lightning.compilation import compile_layers
@@ -107,6 +107,7 @@ class Step:
         torch.manual_seed(0)
         self.recipe.configure_model()
         denoiser = self.recipe.to(self.device).denoiser.train()
+        readout.require(self.recipe.head, denoiser.network, self.device)
         if self.recipe.compiled:
             compile_layers(denoiser.network, self.device)
         self.precision = trainer.precision_plugin  # not before: building the network may settle it

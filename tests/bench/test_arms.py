@@ -77,16 +77,14 @@ def test_gradients_are_clipped_as_the_trainer_asks(step):
     assert float(norm(f"trainer.gradient_clip_val={free / 10}")) == pytest.approx(free / 10, rel=1e-3)
 
 
-def test_mixed_precision_reaches_every_arm(step, monkeypatch):
+def test_mixed_precision_reaches_every_arm(step, products, monkeypatch):
     monkeypatch.setattr(bfloat16, "in_hardware", lambda _device: True)
     made = step("complementary_mask", "trainer.precision=bf16-mixed")
-    head = made.recipe.denoiser.network.get_output_embeddings()
-    seen = []
-    head.register_forward_hook(lambda _, __, out: seen.append(out.dtype))
+    vocabulary = made.recipe.denoiser.network.config.vocab_size
     for arm in arms(["peers", "fair"]):
-        made(arm)
-        assert set(seen) == {torch.bfloat16}, arm.name
-        seen.clear()
+        with products(vocabulary) as made_by_it:
+            made(arm)
+        assert {x.dtype for x in made_by_it.found} == {torch.bfloat16}, arm.name
 
 
 def test_arms_that_differ_are_refused():
