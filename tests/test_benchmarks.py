@@ -37,6 +37,7 @@ SMALL = {  # beside what stands there
     "conversion.py": ["--seeds", "1", *SHORT, *TEXTS],
     "decode.py": ["--prompts", "1", "--lengths", "64"],
     "decode.py --fit": [*SHORT, "data.samples=400", "data.batch_size=2", "data.val_rows=4"],
+    "head.py": ["--turns", "1", "--tokens", "64"],
     "memory.py": [f"model.config={TINY}", "data.vocab_size=300", *TEXTS],
     "soak.py": ["--steps", "20", "--every", "5"],
     "speed.py cpu": ["--turns", "1", f"model.config={TINY}", "data.row_length=64"],
