@@ -53,7 +53,7 @@ class Cache(transformers.Cache):
         else:
             first, last = place_BS[0, 0].item(), place_BS.max().item()
             self.reach = max(self.reach, int(last) + 1)
-            run_S = torch.arange(first, first + place_BS.shape[1])
+            run_S = torch.arange(first, first + place_BS.shape[1], device=place_BS.device)
             self._run = int(first) if torch.equal(place_BS, run_S.expand_as(place_BS)) else None
         held = [self._put(n, tensor_BS, empty=-1) for n, tensor_BS in enumerate(view.coordinates)]
         ids, position, rank, order, copy, document = held

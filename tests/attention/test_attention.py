@@ -43,6 +43,15 @@ def qkv(view, heads: int, kv_heads: int, dtype=torch.float64) -> list[Tensor]:
     return [torch.randn(B, n, S, 8, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
+def assert_same(plans, inputs: list[Tensor], *options) -> None:
+    """Two plans attend alike, and what their outputs are differentiated by is alike."""
+    mine, expected = (plan.attend(*inputs, *options) for plan in plans)
+    assert torch.allclose(mine, expected, atol=1e-6)
+    weight = torch.randn_like(expected)
+    for a, b in zip(*(torch.autograd.grad(out, inputs, weight) for out in (mine, expected)), strict=True):
+        assert torch.allclose(a, b, atol=1e-5)
+
+
 def packed(make_batch):
     return make_batch([[5, 4], [7], []], length=10, starts={(1, 0): 37})
 
@@ -169,8 +178,7 @@ def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch
     assert plan is not None
     inputs = qkv(view, 4, 2)
     for window, softcap in [(None, None), (3, None), (1, 2.0)]:
-        out_BSHD, expected = (p.attend(*inputs, 0.5, window, softcap) for p in (plan, dense.plan(view, sees)))
-        assert torch.allclose(out_BSHD, expected, atol=1e-6)
+        assert_same((plan, dense.plan(view, sees)), inputs, 0.5, window, softcap)
 
 
 @pytest.mark.parametrize("causal", [False, True])
@@ -192,8 +200,7 @@ def test_torchs_own_kernel_is_called_as_flash_attention_is(make_batch, monkeypat
     plan = replace(plan, masked=dense.plan(view, sees))
     inputs = qkv(view, 4, 2)
     for softcap in (None, 2.0):
-        out_BSHD, expected = (p.attend(*inputs, 0.5, window, softcap) for p in (plan, dense.plan(view, sees)))
-        assert torch.allclose(out_BSHD, expected, atol=1e-6)
+        assert_same((plan, dense.plan(view, sees)), inputs, 0.5, window, softcap)
     assert plan.windows == {window}  # torch's has no softcap, so that one went by the mask
 
 
