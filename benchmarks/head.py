@@ -58,7 +58,7 @@ class Head:
 
     def arms(self, device: torch.device) -> dict[str, Callable[[], Tensor]]:
         """Those that are there."""
-        found = {"ours": partial(self.ours, "torch"), "plain": self.plain}
+        found: dict[str, Callable[[], Tensor]] = {"ours": partial(self.ours, "torch"), "plain": self.plain}
         if hasattr(nn, "LinearCrossEntropyOptions"):
             found["chunked"] = self.chunked
         if liger.there(device):
@@ -79,8 +79,11 @@ class Head:
             torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := self.hidden_ND.device.type) else None
         )
         hidden_ND, weight_VD, bias_V = (x.to(dtype) for x in (self.hidden_ND, self.weight_VD, self.allowed_V))
-        options = {"linear_bias": bias_V, "reduction": "none", "options": nn.LinearCrossEntropyOptions()}
-        return (F.linear_cross_entropy(hidden_ND, weight_VD, self.target_N, **options).float() * self.weight_N).sum()
+        how = nn.LinearCrossEntropyOptions()
+        nll_N = F.linear_cross_entropy(
+            hidden_ND, weight_VD, self.target_N, linear_bias=bias_V, reduction="none", options=how
+        )
+        return (nll_N.float() * self.weight_N).sum()
 
     def step(self, arm: Callable[[], Tensor], dtype: torch.dtype | None) -> list[Tensor]:
         """The sum, and its gradients by hidden states and head."""

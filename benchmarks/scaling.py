@@ -37,7 +37,7 @@ def parts(name: str) -> dict[str, float]:
         "gathered": 10 * (root + 2 * layer) if gpus > 1 else 0,
         "layer inputs": 4 * h * layers * row * batch,
         "one layer": 2 * (40 * h + 36 * (q + k) + 4 * k + 8 * f) * row * batch,
-        "head": 16 * AT_A_TIME["cuda"],
+        "head": 6 * AT_A_TIME["cuda"] + 8 * VOCABULARY * h,
     }
     layer_or_head = max(found["one layer"], found["head"])
     found["peak"] = found["states"] + found["gathered"] + found["layer inputs"] + layer_or_head

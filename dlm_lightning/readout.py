@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -48,6 +49,7 @@ def nll(network: PreTrainedModel, hidden_ND: Tensor, target_N: Tensor, banned_X:
     return torch.cat(parts)
 
 
+@torch.compiler.disable  # its gradient is made where a compiler looks for a forward pass alone
 def weighted_nll(
     network: PreTrainedModel,
     hidden_ND: Tensor,
@@ -56,11 +58,11 @@ def weighted_nll(
     banned_X: Tensor,
     head: Head = "torch",
 ) -> tuple[Tensor, Tensor]:
-    """Σ w·(−log p) and, without a gradient, each −log p [N]; by Liger if the head says so and it works on the device.
+    """Σ w·(−log p) and, without a gradient, each −log p [N]; by Liger where `require` has nothing against it.
 
     The gradient of the logits, w·(p − 1[target]), is known as soon as they are, so hidden states and head get theirs
     in the forward pass, some tokens at a time, and no logits are computed twice. A sum that is not differentiated, or
-    differentiated twice, needs `nll`.
+    differentiated twice, needs `nll`. RuntimeError for a second backward pass.
     """
     if not torch.is_grad_enabled():
         nll_N = nll(network, hidden_ND, target_N, banned_X)
@@ -97,6 +99,7 @@ class _WeightedNll(torch.autograd.Function):
         return (nll_N * weight_N).sum(), nll_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("the gradient of a weighted sum of -log p is there for one backward pass")
@@ -123,8 +126,8 @@ def _by_products(
     exact = hidden_ND.dtype == torch.float32
     product_nV = hidden_ND.new_empty(min(N, at_a_time), V)
     logits_nV = product_nV if exact else torch.empty_like(product_nV, dtype=torch.float32)
-    nll_N = weight_N.new_empty(N)
-    grad_ND, grad_VD = (torch.zeros_like(x, dtype=torch.float32) for x in (hidden_ND, head_VD))
+    nll_N, grad_ND = weight_N.new_empty(N), torch.empty_like(hidden_ND, dtype=torch.float32)
+    grads = [torch.zeros_like(head_VD, dtype=torch.float32)] if trained else []
     for first in range(0, N, at_a_time):
         part = slice(first, first + at_a_time)
         hidden_nD, weight_n1 = hidden_ND[part], weight_N[part, None]
@@ -135,11 +138,13 @@ def _by_products(
             some_nV.copy_(slope_nV)
         with flops.gradient():
             grad_ND[part] = some_nV @ head_VD * weight_n1
-            if trained and exact:
-                grad_VD.addmm_(some_nV.t(), hidden_nD * weight_n1)
-            elif trained:
-                grad_VD += some_nV.t() @ (hidden_nD * weight_n1).to(some_nV.dtype)
-    return (nll_N, grad_ND, grad_VD) if trained else (nll_N, grad_ND)
+            for total_VD in grads:
+                weighted_nD = (hidden_nD * weight_n1).to(some_nV.dtype)
+                if exact:
+                    total_VD.addmm_(some_nV.t(), weighted_nD)
+                else:
+                    total_VD += some_nV.t() @ weighted_nD
+    return nll_N, grad_ND, *grads
 
 
 def _by_autograd(
@@ -168,12 +173,18 @@ def _by_autograd(
 
 
 def _slope(logits_nV: Tensor, target_n: Tensor) -> Tensor:
-    """−log p of the targets [n]; leaves its slope, p − 1[target], in the logits' place."""
+    """−log p of the targets [n]; leaves its slope, p − 1[target], in the logits' place.
+
+    To the accuracy of torch's softmax, which on CPUs adds a row up in float32 number by number.
+    """
     target_n1 = target_n[:, None]
     logit_n1, top_n1 = logits_nV.gather(1, target_n1), logits_nV.amax(1, keepdim=True)
-    p_nV = torch.softmax(logits_nV, 1, out=logits_nV)
-    nll_n1 = top_n1 - logit_n1 - p_nV.amax(1, keepdim=True).log()
-    p_nV.scatter_(1, target_n1, torch.expm1(-nll_n1))
+    if logits_nV.device.type in AT_A_TIME:
+        torch.softmax(logits_nV, 1, out=logits_nV)  # these devices' kernels read a row before they write it
+    else:
+        logits_nV.copy_(logits_nV.softmax(1))
+    nll_n1 = top_n1 - logit_n1 - logits_nV.amax(1, keepdim=True).log()
+    logits_nV.scatter_(1, target_n1, torch.expm1(-nll_n1))
     return nll_n1[:, 0]
 
 
@@ -212,7 +223,7 @@ def read_alone(layer: nn.Module, read_N: Tensor, tokens: int) -> Iterator[None]:
 def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:
     """The head's logits, with what some families do to them after it (a probe compares)."""
     config, head = network.config, network.get_output_embeddings()
-    if _in_half(hidden_ND.device) or any(p.dtype == torch.bfloat16 for p in head.parameters()):
+    if _in_half(hidden_ND.device) or next(head.parameters()).dtype != torch.float32:
         logits_NV = head(hidden_ND).float()
     else:
         with torch.autocast(hidden_ND.device.type, enabled=False):
@@ -229,7 +240,8 @@ def _is_matrix(network: PreTrainedModel) -> bool:
     """Whether logits are hidden states times a matrix, and nothing else."""
     config, head = network.config, network.get_output_embeddings()
     alone = all(getattr(config, key, None) in (None, 1) for key in AFTER_THE_HEAD)
-    return alone and type(head) is nn.Linear and head.bias is None
+    hooks = (head._forward_hooks, head._forward_pre_hooks)  # which are called with the head only
+    return alone and type(head) is nn.Linear and head.bias is None and not any(hooks)
 
 
 def _in_half(device: torch.device) -> bool:

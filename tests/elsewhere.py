@@ -1,4 +1,6 @@
-"""All that is computed, on a device that is not the host: it has values, and refuses tensors of the host as a GPU does.
+"""All that is computed, on a device that is not the host: it has values, and refuses tensors of the host.
+
+As a GPU does, which takes numbers for pointwise operations; but one takes indices of the host, too, and waits for them.
 
 `test_elsewhere.py` runs this file in a process of its own, since what a process has registered as a device stays.
 """
@@ -84,12 +86,16 @@ class There(torch.Tensor):
         return run(function, args, kwargs or {})
 
 
+WHOLE = {getattr(torch.ops.aten, name) for name in ("cat", "stack", "index_select", "gather", "scatter", "mm", "equal")}
+
+
 def run(function: Any, args: Any, kwargs: dict[str, Any]) -> Any:
     """An operation where its tensors are; RuntimeError if they are not all in one place, numbers left out."""
     tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
     there = [tensor for tensor in tensors if isinstance(tensor, There)]
     copies = function.overloadpacket in (torch.ops.aten._to_copy, torch.ops.aten.copy_)
-    if there and not copies and any(tensor.dim() for tensor in tensors if not isinstance(tensor, There)):
+    host = [tensor for tensor in tensors if not isinstance(tensor, There)]
+    if there and not copies and any(tensor.dim() or function.overloadpacket in WHOLE for tensor in host):
         raise RuntimeError(f"{function}: tensors are on the host and on the device")
     out = function(*tree_map(on_host, args), **tree_map(on_host, kwargs))
     asked = kwargs.get("device")
@@ -190,7 +196,13 @@ def test_it_refuses_what_a_gpu_refuses():
         there = torch.ones(3, device=THERE)
         assert (there + torch.tensor(2.0)).device == torch.tensor([1], device=THERE).device == THERE
         assert there.cpu().device == HOST and (there * 2).sum().item() == 6 and there.tolist() == [1, 1, 1]
-        for wrong in (lambda: there + torch.ones(3), lambda: torch.ones(3) + there, lambda: there[torch.tensor([0])]):
+        for wrong in (
+            lambda: there + torch.ones(3),
+            lambda: torch.ones(3) + there,
+            lambda: there[torch.tensor([0])],
+            lambda: torch.stack([there.sum(), torch.tensor(1.0)]),
+            lambda: there.index_select(0, torch.tensor(0)),
+        ):
             with pytest.raises(RuntimeError, match="on the host and on the device"):
                 wrong()
         with pytest.raises(TypeError):

@@ -10,11 +10,13 @@ import torch.nn.functional as F
 
 from dlm_lightning import bfloat16, liger, readout
 from dlm_lightning.flops import FlopCounter
+from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.view import Pattern
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="Triton, which Liger needs, is there for Linux only")
 N, D, V = 37, 32, 301
 BANNED = [7, V - 1]
+LEAST = 4  # tokens that Liger has logits of at a time, for these sizes
 
 
 @pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
@@ -49,9 +51,12 @@ def far(mine, theirs) -> float:
 
 
 @pytest.mark.parametrize("at_a_time", [1, N // 3, 1000])
-def test_it_is_cross_entropy_under_weights(made, at_a_time):
-    for mine, theirs in zip(liger.gradients(*made, True, at_a_time), reference(*made), strict=True):
+def test_it_is_cross_entropy_under_weights(made, products, at_a_time):
+    with products(V) as logits:
+        found = liger.gradients(*made, True, at_a_time)
+    for mine, theirs in zip(found, reference(*made), strict=True):
         assert mine.dtype == torch.float32 and far(mine, theirs) < 1e-6
+    assert max(len(x) for x in logits.found) <= max(at_a_time, LEAST) and (at_a_time < N or len(logits.found) == 1)
 
 
 def test_in_bfloat16(made):
@@ -72,7 +77,9 @@ def test_a_denoiser_learns_the_same_by_it(make_batch, make_denoiser, monkeypatch
     monkeypatch.setattr(liger, "there", lambda _: True)
     monkeypatch.setattr(bfloat16, "in_hardware", lambda _: True)
     batch = make_batch([[7, 4], [10]], length=12)
-    found, counted = [], []
+    found, counted, called = [], [], []
+    gradients = liger.gradients
+    monkeypatch.setattr(liger, "gradients", lambda *args: called.append(head) or gradients(*args))
     for head in ("torch", "liger"):
         denoiser = make_denoiser("qwen3", tied, head=head).to(device)
         view = Pattern(3, "clean").lay_out(batch, [batch.maskable_BL & (batch.u_BL < 0.6)], denoiser.mask_id)
@@ -86,7 +93,21 @@ def test_a_denoiser_learns_the_same_by_it(make_batch, make_denoiser, monkeypatch
     assert all(
         far(mine, theirs) < (1e-5 if precision == torch.float32 else 2e-2) for theirs, mine in zip(*found, strict=True)
     )
+    assert called == ["liger"]
     assert counted[0] == pytest.approx(counted[1], abs=9)  # a third of each product, rounded
+
+
+def test_a_recipe_hands_the_head_on(make_recipe):
+    assert make_recipe(BlockCausal, head="liger").denoiser.head == "liger"
+    assert make_recipe(BlockCausal).denoiser.head == "torch"
+
+
+def test_many_banned_rows_at_the_beginning(device):
+    """More than Liger looks at together."""
+    hidden_ND, head_VD, banned_X = torch.randn(2, 8), torch.randn(33_000, 8), torch.arange(32_900)
+    made = [x.to(device) for x in (hidden_ND, head_VD, torch.tensor([32_950, 32_999]), torch.ones(2), banned_X)]
+    for mine, theirs in zip(liger.gradients(*made, True, 2), reference(*made), strict=True):
+        assert far(mine, theirs) < 1e-6
 
 
 def test_nothing_to_score(make_batch, make_denoiser, monkeypatch):
@@ -115,5 +136,5 @@ def test_without_cuda_nothing_is_done(refused, small, tmp_path, monkeypatch, com
     monkeypatch.setattr(liger, "there", lambda _: False)
     run = ("--run", "mine") if command == "fit" else ()
     said = refused(command, "block_causal", *small(model__head="liger"), *run, cwd=tmp_path)
-    assert said == "model.head: liger needs CUDA and liger-kernel>=0.8.5, the extra liger"
+    assert said == "model.head: liger needs CUDA and liger-kernel>=0.8.5,<0.9, the extra liger"
     assert not (tmp_path / "mine").exists()

