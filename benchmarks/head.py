@@ -131,6 +131,12 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="other than what the table is of, for a trial")
     parser.add_argument("--out", type=Path, default=OUT, help="the folder with head.md")
     args = parser.parse_args()
+    if args.turns < 2 or (args.tokens is not None and args.tokens < 1):
+        parser.error("--turns must be at least 2, --tokens at least 1")
+    if args.tokens and args.out == OUT:
+        parser.error("a trial of other --tokens needs an --out of its own")
+    if not (args.out / "head.md").is_file():
+        parser.error(f"--out {args.out} has no head.md to write to")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens, size, vocabularies = SHAPES[device.type]
     record = {"device": named(device), **surroundings(), "tokens": args.tokens or tokens, "hidden": size, "seconds": {}}

@@ -287,10 +287,21 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, default=OUT, help="the folder with speed.md")
     args = parser.parse_intermixed_args()
+    if args.turns < 1:
+        parser.error("--turns must be at least 1")
+    if args.words and args.out == OUT:
+        parser.error("a trial by key=value needs an --out of its own")
+    if not (args.out / "speed.md").is_file():
+        parser.error(f"--out {args.out} has no speed.md to write to")
+    if args.part == "gpu" and not torch.cuda.is_available():
+        parser.error("gpu: there is no CUDA device")
     if args.part != "tables":
         jobs = {name: partial(plain, request) for name, request in requests(args.part, args.turns, args.words).items()}
         jobs |= {name: partial(drift, words, args.turns) for name, words in drifts(args.part, args.words).items()}
-        for name, job in ((n, j) for n, j in jobs.items() if n.startswith(args.only)):
+        chosen = {name: job for name, job in jobs.items() if name.startswith(args.only)}
+        if not chosen:
+            parser.error(f"--only {args.only}: nothing begins so; there are {', '.join(jobs)}")
+        for name, job in chosen.items():
             record = job()
             kept = load(args.out)
             kept.setdefault(args.part, {})[name] = record

@@ -8,10 +8,13 @@ from transformers import PreTrainedModel
 
 from dlm_lightning.source import decoder_layers
 
+GRAPHS = 64  # that one layer may need, with and without gradients, for its shapes
+
 
 def compile_layers(network: PreTrainedModel, device: torch.device) -> None:
     """Compile each decoder layer at its first call; one compilation serves them all. ValueError without a compiler."""
     check_compiler(device)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
     for layer in decoder_layers(network):
         layer.compile()
 

@@ -23,6 +23,7 @@ from dlm_lightning.drift import place
 from dlm_lightning.flops import needed
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import STRATA, uniforms
+from dlm_lightning.precision import full_name
 from dlm_lightning.rehearsal import Memory, Rehearsal, per_device, rehearse
 from dlm_lightning.source import Source
 from dlm_lightning.training import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
@@ -182,7 +183,7 @@ def asked(config: dict[str, Any], overrides: Sequence[str]) -> Machine:
         memory = torch.cuda.get_device_properties(0).total_memory if found else None
     else:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    return Machine(gpus, devices, strategy, str(trainer["precision"]), memory)
+    return Machine(gpus, devices, strategy, full_name(trainer["precision"]), memory)
 
 
 def rows(count: int, length: int) -> Batch:

@@ -10,6 +10,17 @@ from lightning.pytorch.plugins.precision import Precision
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}  # of the parameters
 
 
+ALIASES = {"None": "32-true", "32": "32-true", "bf16": "bf16-mixed"}  # Lightning's own
+
+
+def full_name(precision: Any) -> str:
+    """One of `DTYPES` for what `trainer.precision` may say; ValueError for what it may not."""
+    name = ALIASES.get(str(precision), str(precision))
+    if name not in DTYPES:
+        raise ValueError(f"trainer.precision must be one of {', '.join(DTYPES)}, not {precision}")
+    return name
+
+
 class BuiltInBfloat16(Precision):
     """bf16-true for a network that is built so.
 
@@ -22,9 +33,7 @@ class BuiltInBfloat16(Precision):
 
 def settle(strategy: Any) -> torch.dtype:
     """The dtype of the network's parameters under a strategy (None: no trainer); ValueError for another precision."""
-    precision = strategy.precision_plugin.precision if strategy else "32-true"
-    if precision not in DTYPES:
-        raise ValueError(f"trainer.precision must be one of {', '.join(DTYPES)}, not {precision}")
+    precision = full_name(strategy.precision_plugin.precision if strategy else None)
     if precision == "bf16-true":
         strategy.precision_plugin = BuiltInBfloat16()
     return DTYPES[precision]

@@ -31,6 +31,7 @@ from dlm_lightning import catalog, checkpoint, interruption, runs, strategies  #
 from dlm_lightning.errors import check_nulls, check_overrides
 from dlm_lightning.loggers import MetricsCSV
 from dlm_lightning.module import Recipe
+from dlm_lightning.precision import full_name
 from dlm_lightning.source import SAVED_MODEL, Source, locate
 from dlm_lightning.step_zero import step_zero
 
@@ -78,6 +79,7 @@ class _CLI(LightningCLI):
             )
         if trainer.check_val_every_n_epoch is not None and trainer.check_val_every_n_epoch < 1:
             raise ValueError("trainer.check_val_every_n_epoch must be at least 1 or null: validation is by step")
+        full_name(trainer.precision)  # Lightning takes others, and makes bf16-mixed of 16-mixed on a CPU
         if trainer.max_time is not None:
             raise ValueError("trainer.max_time must be null: a run's length is its max_steps; SIGUSR1 stops it earlier")
 

@@ -33,15 +33,16 @@ SHORT = ["trainer.max_steps=2", "trainer.val_check_interval=2", "trainer.log_eve
 ROWS = ["data.batch_size=2", "data.row_length=64", "data.val_rows=4"]
 TEXTS = ["data.paths=[my/texts]", "data.val_share=0.2", *ROWS]
 MIXED = [f"data.parts=[{PART}]", "data.weights=[1]", "data.batch_size=2", "data.val_rows=4"]
+HERE = ["--out", "docs/results"]  # a trial names its own
 SMALL = {  # beside what stands there
     "conversion.py": ["--seeds", "1", *SHORT, *TEXTS],
     "decode.py": ["--prompts", "1", "--lengths", "64"],
     "decode.py --fit": [*SHORT, "data.samples=400", "data.batch_size=2", "data.val_rows=4"],
-    "head.py": ["--turns", "1", "--tokens", "64"],
+    "head.py": ["--turns", "2", "--tokens", "64", *HERE],
     "memory.py": [f"model.config={TINY}", "data.vocab_size=300", *TEXTS],
     "soak.py": ["--steps", "20", "--every", "5"],
-    "speed.py cpu": ["--turns", "1", f"model.config={TINY}", "data.row_length=64"],
-    "speed.py growth": ["--turns", "1", f"model.config={TINY}", "--only", "documents"],  # long rows take minutes
+    "speed.py cpu": ["--turns", "1", f"model.config={TINY}", "data.row_length=64", *HERE],
+    "speed.py growth": ["--turns", "1", f"model.config={TINY}", "--only", "documents", *HERE],  # not long rows
     "study.py": ["--seeds", "1", *SHORT, *MIXED],
     "views.py": ["--pairs", "1", "--draws", "2", "--repeats", "1", *TEXTS],
 }

@@ -9,7 +9,7 @@ import gc
 import logging
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from rich.console import Console
 from dlm_lightning.bench import show
 from dlm_lightning.bench.arms import Arm, Step, arms, check, check_documents
 from dlm_lightning.bench.needs import forward_tokens, needed_flops, peak_memory
-from dlm_lightning.bench.record import Contest, Measured, Record, named
+from dlm_lightning.bench.record import JSON, Contest, Measured, Record, named
 from dlm_lightning.bench.timing import WARM_UP, take_turns, wait_for
 from dlm_lightning.plan import prepare
 
@@ -61,13 +61,13 @@ class Request:
 
 def bench(request: Request, out: str | None = None) -> Path:
     """Measure what is asked for, print the table, and return the folder with JSON and picture."""
-    folder = _folder(out)
+    _folder(out)
     check_all(request)
-    with _made(folder):
+    with _claimed(out) as folder:
         record = measure(request)
-    record.save(folder)
-    show.draw(record, folder / show.PICTURE)
+        record.save(folder)
     Console(highlight=False).print(show.tables(record))
+    show.draw(record, folder / show.PICTURE)
     return folder
 
 
@@ -80,17 +80,34 @@ def check_all(request: Request) -> None:
 
 
 @contextmanager
-def _made(folder: Path) -> Iterator[None]:
-    """The folder, which is there meanwhile, so that it can be; without a measurement it is taken away again."""
+def _claimed(out: str | None) -> Iterator[Path]:
+    """The measurement's folder, whose `bench.json` is there meanwhile, empty, so that no other takes the same.
+
+    Without a measurement what was made is taken away again.
+    """
+    folder, made = _claim(out)
+    try:
+        yield folder
+    except BaseException:
+        (folder / JSON).unlink()
+        for path in made:
+            with suppress(OSError):  # another measurement is in it by now
+                path.rmdir()
+        raise
+
+
+def _claim(out: str | None) -> tuple[Path, list[Path]]:
+    """The folder, and what had to be made of its path, the innermost first."""
+    folder = _folder(out)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        (folder / JSON).touch(exist_ok=False)
     except OSError as error:
+        if isinstance(error, FileExistsError) and folder.is_dir():  # another measurement was faster
+            return _claim(out)
         raise ValueError(f"--out {folder} cannot be made: {error.strerror}") from error
-    try:
-        yield
-    except BaseException:
-        folder.rmdir()
-        raise
+    return folder, made
 
 
 def measure(request: Request) -> Record:
@@ -159,7 +176,7 @@ def growth(words: str) -> tuple[str, list[str]]:
     if key != DOCUMENTS and not key.startswith(("model.", "data.", "trainer.")):
         raise ValueError(f"--growth {key}: what grows is a key of a recipe, such as data.row_length, or {DOCUMENTS}")
     for value in found:
-        if not value.isdigit() or int(value) < 1:
+        if not value.isdecimal() or int(value) < 1:
             raise ValueError(f"--growth {key}: {value} is no whole number above 0")
     return key, sorted(dict.fromkeys(found), key=int)
 

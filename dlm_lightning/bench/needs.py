@@ -81,8 +81,10 @@ def needed_flops(step: Step, arm: Arm) -> float:
     recipe, network = step.recipe, step.recipe.denoiser.network
     view, scored = arm.shown(recipe, step.batch)
     view, scored = view.to(step.device), scored.to(step.device)
+    recipe.denoiser.eval()  # without activation checkpointing, under which the last layer is computed for all tokens
     with torch.no_grad(), step.precision.forward_context(), FlopCounter() as counter:
         recipe.denoiser(view, scored.index_N, scored.target_N)
+    recipe.denoiser.train()
     products = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
     config = network.config
     heads = config.num_attention_heads

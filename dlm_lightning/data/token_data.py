@@ -35,6 +35,8 @@ from dlm_lightning.data.stream import (
 )
 from dlm_lightning.data.tokenizer import trained_tokenizer
 
+LARGEST = 2**24  # tokens of a vocabulary: many times what any model has
+
 log = logging.getLogger(__name__)
 Split = Literal["train", "val"]
 FEATURES = datasets.Features(
@@ -86,6 +88,8 @@ class TokenData(L.LightningDataModule):
         for name, value, minimum in [*least, ("val_rows", val_rows, 1), ("num_workers", num_workers, 0)]:
             if value is not None and value < minimum:
                 raise ValueError(f"data.{name} must be at least {minimum}, not {value}")
+        if vocab_size is not None and not 1 <= vocab_size <= LARGEST:
+            raise ValueError(f"data.vocab_size must be between 1 and {LARGEST:,}, not {vocab_size}")
         self.row_length, self.batch_size, self.val_rows = row_length, batch_size, val_rows
         self.vocab_size, self.pack, self.seed, self.num_workers = vocab_size, pack, seed, num_workers
         cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")

@@ -98,6 +98,13 @@ def test_arms_that_differ_are_refused():
 # What a step takes
 
 
+@pytest.mark.parametrize("recipe", ["block_causal", "complementary_mask"])
+def test_activations_that_are_computed_anew_are_not_needed(recipe, step):
+    made = [step(recipe, f"model.activation_checkpointing={again}") for again in ("false", "true")]
+    assert needed_flops(made[0], arms([])[0]) == needed_flops(made[1], arms([])[0])
+    assert made[1].recipe.denoiser.training
+
+
 @pytest.mark.parametrize(("recipe", "copies"), [("block_causal", (2, 2, 2, 1)), ("complementary_mask", (3, 4, 4, 1))])
 def test_forward_tokens_are_those_that_the_network_is_given(recipe, copies, step):
     step = step(recipe)

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dlm_lightning.bench import Request, growth, measure
+from dlm_lightning.bench import Request, _claimed, growth, measure
 
 
 @pytest.fixture
@@ -115,12 +115,31 @@ def test_a_gpu_is_measured(precision, small, tmp_path, monkeypatch):
         (["block_causal", "--out", "full"], "--out full already holds something; name a new folder"),
         (["block_causal", "--out", "full/file"], "--out needs the name of a folder, not 'full/file'"),
         (["block_causal", "model.block_sise=3"], "block_sise"),
+        (["block_causal", "--growth", "data.row_length=²"], "² is no whole number above 0"),
+        (["block_causal", "data.vocab_size=0"], "data.vocab_size must be between 1 and 16,777,216, not 0"),
+        (["block_causal", "trainer.precision=16-mixed"], "must be one of 32-true, bf16-mixed, bf16-true, not 16-mixed"),
     ],
 )
 def test_bad_input_is_one_sentence(words, says, bench, refused, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").touch()
     assert says in refused(*bench(*words), cwd=tmp_path)
+
+
+@pytest.mark.parametrize("out", [None, "mine", "new/below"])
+def test_a_measurement_that_fails_leaves_what_was_there(out, bench, typed, tmp_path):
+    (tmp_path / "mine").mkdir()
+    words = ["--out", out] if out else []
+    assert typed(*bench("block_causal", "model.attention=flex", *words), cwd=tmp_path).code == 1
+    assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_two_measurements_at_once_have_a_folder_each(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with _claimed(None) as one, _claimed(None) as two, _claimed("mine") as third:
+        assert [str(one), str(two), str(third)] == ["runs/bench/1", "runs/bench/2", "mine"]
+        with pytest.raises(FileExistsError, match="--out mine already holds something"), _claimed("mine"):
+            pass
 
 
 @pytest.mark.parametrize(
