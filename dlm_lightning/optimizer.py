@@ -53,7 +53,9 @@ def freeze(network: nn.Module, patterns: Sequence[str]) -> None:
     names = {lora.plain(name) for name, _ in network.named_parameters(remove_duplicate=False)}
     for pattern in patterns:
         if not any(fnmatchcase(name, pattern) for name in names):
-            raise ValueError(f"model.freeze: {pattern} matches no parameter; they have names like {min(names)}")
+            raise ValueError(
+                f"model.freeze: {pattern} matches no parameter: patterns match whole names, such as {min(names)}"
+            )
     for name, parameter in network.named_parameters(remove_duplicate=False):
         if any(fnmatchcase(lora.plain(name), pattern) for pattern in patterns):
             parameter.requires_grad_(False)
