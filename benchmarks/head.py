@@ -75,9 +75,8 @@ class Head:
 
     def chunked(self) -> Tensor:
         """Autocast does not reach into it; a weight of each token is for unreduced losses only."""
-        dtype = (
-            torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind := self.hidden_ND.device.type) else None
-        )
+        kind = self.hidden_ND.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else torch.float32
         hidden_ND, weight_VD, bias_V = (x.to(dtype) for x in (self.hidden_ND, self.weight_VD, self.allowed_V))
         how = nn.LinearCrossEntropyOptions()
         nll_N = F.linear_cross_entropy(

@@ -12,7 +12,6 @@ from typing import Any, Literal
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
@@ -99,7 +98,6 @@ class _WeightedNll(torch.autograd.Function):
         return (nll_N * weight_N).sum(), nll_N
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, *slopes: Tensor) -> tuple[Any, ...]:
         if ctx.grads is None:
             raise RuntimeError("the gradient of a weighted sum of -log p is there for one backward pass")

@@ -38,6 +38,11 @@ from dlm_lightning.data.tokenizer import trained_tokenizer
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.loss import score, weighted_sum
 from dlm_lightning.module import Recipe
+from dlm_lightning.optimizer import LrScale
+from dlm_lightning.recipes.ar_source import ArSource
+from dlm_lightning.recipes.block_causal import BlockCausal
+from dlm_lightning.recipes.complementary_mask import ComplementaryMask
+from dlm_lightning.recipes.full_bidirectional import FullBidirectional
 from dlm_lightning.source import Source, build
 from dlm_lightning.view import Batch
 
@@ -274,6 +279,24 @@ def make_recipe(source_folder: Callable[..., Path]) -> Callable[..., Recipe]:
         return recipe
 
     return make
+
+
+STEPS: dict[str, tuple[type[Recipe], dict[str, Any]]] = {
+    "ar": (ArSource, {}),
+    "full": (FullBidirectional, {}),
+    "blocks": (BlockCausal, {"block_size": 4}),
+    "views and an AR loss": (BlockCausal, {"block_size": 4, "context_rank": "causal", "ar_weight": 0.5, "views": 2}),
+    "complementary": (ComplementaryMask, {"block_size": 4}),
+    "activations computed anew": (ComplementaryMask, {"block_size": 4, "activation_checkpointing": True}),
+    "a row's own rate": (BlockCausal, {"block_size": 4, "lr_scale": LrScale(mask_row=10.0)}),
+}
+
+
+@pytest.fixture(params=STEPS)
+def any_recipe(request: pytest.FixtureRequest, make_recipe: Callable[..., Recipe]) -> Callable[..., Recipe]:
+    """`any_recipe(**options)`: each kind of training step in turn, as `make_recipe` makes its recipe."""
+    recipe_class, options = STEPS[request.param]
+    return lambda **more: make_recipe(recipe_class, **options, **more)
 
 
 @pytest.fixture(scope="session")

@@ -97,7 +97,7 @@ def test_sure_and_hopeless_predictions_keep_their_digits(size, scale):
     assert torch.allclose(logits_NV.double(), slope_NV, **near)
 
 
-def test_of_half_precision_are_the_products_alone(make_denoiser):
+def test_of_half_precision_are_the_products_alone():
     """Not what lies between them, nor the sum over a hundred chunks, to which each adds as much."""
     hidden_ND, head_VD = 1 + 0.1 * torch.randn(400, 32), 0.1 * torch.randn(301, 32)
     target_N, weight_N, banned_X = torch.full((400,), 5), torch.full((400,), 1.5), torch.tensor([300])
@@ -128,6 +128,26 @@ def test_networks_of_other_dtypes_are_read(make_denoiser, monkeypatch, dtype):
     hidden_ND, banned_X = torch.randn(3, 32), torch.tensor([300])
     expected_NV = readout.logits(network, hidden_ND, banned_X)
     assert torch.allclose(readout.logits(network.to(dtype), hidden_ND.to(dtype), banned_X), expected_NV, atol=2e-3)
+
+
+def test_a_head_with_a_hook_is_called(make_batch, make_denoiser):
+    denoiser, called = make_denoiser(), []
+    denoiser.network.get_output_embeddings().register_forward_hook(lambda *_: called.append(1))
+    view, keep_N, target_N = shown(make_batch, denoiser)
+    denoiser(view, keep_N, target_N, torch.ones(len(keep_N)))
+    assert called
+
+
+def test_a_compiler_goes_around_it(make_denoiser):
+    network, hidden_ND, target_N = make_denoiser().network, torch.randn(3, 32, requires_grad=True), torch.arange(3)
+
+    def loss(hidden_ND):
+        return readout.weighted_nll(network, 2 * hidden_ND, target_N, torch.ones(3), target_N[:0])[0]
+
+    mine, expected = (
+        torch.autograd.grad(f(hidden_ND), hidden_ND)[0] for f in (torch.compile(loss, backend="eager"), loss)
+    )
+    assert torch.equal(mine, expected)
 
 
 def test_its_gradient_is_there_once(make_batch, make_denoiser):

@@ -15,24 +15,11 @@ from torch._subclasses.fake_tensor import (
 )
 
 from dlm_lightning.attention import flash, flex
-from dlm_lightning.optimizer import LrScale
-from dlm_lightning.recipes.ar_source import ArSource
 from dlm_lightning.recipes.block_causal import BlockCausal
-from dlm_lightning.recipes.complementary_mask import ComplementaryMask
-from dlm_lightning.recipes.full_bidirectional import FullBidirectional
 from dlm_lightning.transfer import Fetched, send
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern, View, sees
 
 LOOKS = (DataDependentOutputException, DynamicOutputShapeException)
-RECIPES = {
-    "ar": (ArSource, {}),
-    "full": (FullBidirectional, {}),
-    "blocks": (BlockCausal, {"block_size": 4}),
-    "views and an AR loss": (BlockCausal, {"block_size": 4, "context_rank": "causal", "ar_weight": 0.5, "views": 2}),
-    "complementary": (ComplementaryMask, {"block_size": 4}),
-    "activations computed anew": (ComplementaryMask, {"block_size": 4, "activation_checkpointing": True}),
-    "a row's own rate": (BlockCausal, {"block_size": 4, "lr_scale": LrScale(mask_row=10.0)}),
-}
 
 
 @pytest.fixture
@@ -65,10 +52,8 @@ def on_the_host(function):
 
 
 @pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_step_looks_at_no_value_before_it_is_made(name, precision, make_recipe, batch, monkeypatch):
-    recipe_class, options = RECIPES[name]
-    recipe = make_recipe(recipe_class, attention="dense", **options)
+def test_a_step_looks_at_no_value_before_it_is_made(precision, any_recipe, batch, monkeypatch):
+    recipe = any_recipe(attention="dense")
     recipe._trainer.max_steps = 10
     recipe.shown = on_the_host(recipe.shown)
     monkeypatch.setattr(View, "to", on_the_host(View.to))
@@ -141,11 +126,9 @@ def test_what_is_sent_and_fetched_is_what_it_was():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_step_on_a_gpu_waits_for_nothing(name, make_recipe, make_batch):
+def test_a_step_on_a_gpu_waits_for_nothing(any_recipe, make_batch):
     """By torch's own watch over what makes the host wait; what was compiled or allocated is there by the third step."""
-    recipe_class, options = RECIPES[name]
-    recipe = make_recipe(recipe_class, **options)
+    recipe = any_recipe()
     recipe._trainer.max_steps = 10
     recipe.cuda()
     logged = {}
