@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import sys
 import time
-from contextlib import ExitStack
 from typing import Any
 
 import lightning as L
 import torch
 from lightning.fabric.utilities.throughput import get_available_flops
 
-from dlm_lightning.flops import FlopCounter, needed
+from dlm_lightning.flops import needed
 from dlm_lightning.module import Recipe
+from dlm_lightning.pattern_flops import forward_flops
 from dlm_lightning.transfer import Fetched
+from dlm_lightning.view import Batch
 
 KINDS = ("data", "scored", "forward")
 
@@ -24,8 +25,8 @@ class Throughput(L.Callback):
     speed/data_tokens_per_second: tokens of the corpus, padding left out; `tokens/s` in the progress bar.
     speed/scored_tokens_per_second: terms of the loss.
     speed/forward_tokens_per_second: tokens that the network computed, those of every copy and of padding.
-    speed/mfu: FLOPs that the network needs over the peak of the devices, where Lightning knows it; recomputation does
-    not count. The FLOPs are those of the first micro-batch.
+    speed/mfu: FLOPs that the pattern needs (`pattern_flops`) over the peak of the devices, where Lightning knows it.
+    They are those of the first micro-batch, for which it makes one forward pass more.
     speed/peak_memory_gib: the most that this rank has held so far, of its GPU, or else of its process.
 
     The clock stands still from a validation or a checkpoint to the next batch. Numbers are logged where they are, on
@@ -47,10 +48,13 @@ class Throughput(L.Callback):
         precision = trainer.precision
         dtype = torch.float32 if precision in ("32-true", "64-true") else torch.bfloat16
         self._peak = get_available_flops(trainer.strategy.root_device, dtype)
-        if self._peak:
-            self._count_flops(recipe)
 
-    def on_train_batch_start(self, trainer: L.Trainer, recipe: Recipe, *_: Any) -> None:
+    def on_train_batch_start(self, trainer: L.Trainer, recipe: Recipe, batch: Batch, *_: Any) -> None:
+        if self._peak and not self._flops:
+            view, scored = recipe.shown(batch, recipe.train_pattern)[1:]
+            with trainer.precision_plugin.forward_context():
+                forward = forward_flops(recipe.denoiser, view.to(recipe.device), scored.to(recipe.device))
+            self._flops = needed(forward, recipe.denoiser)
         if self._since is None:
             self._since = time.perf_counter()
 
@@ -90,25 +94,6 @@ class Throughput(L.Callback):
     def _clear(self, step: int) -> None:
         self._tokens = dict.fromkeys(KINDS, 0.0)
         self._steps, self._step, self._seconds = 0, step, 0.0
-
-    def _count_flops(self, recipe: Recipe) -> None:
-        """Count the next forward pass, once."""
-        counter, stack = FlopCounter(), ExitStack()
-
-        def before(*_: Any) -> None:
-            stack.enter_context(counter)
-
-        def after(*_: Any) -> None:
-            stack.close()
-            self._flops = needed(counter.forward, recipe.denoiser)
-            for handle in handles:
-                handle.remove()
-
-        denoiser = recipe.denoiser
-        handles = [
-            denoiser.register_forward_pre_hook(before),
-            denoiser.register_forward_hook(after, always_call=True),
-        ]
 
 
 def peak_memory(device: torch.device) -> float:

@@ -12,11 +12,15 @@ GRAPHS = 64  # that one layer may need, with and without gradients, for its shap
 
 
 def compile_layers(network: PreTrainedModel, device: torch.device) -> None:
-    """Compile each decoder layer at its first call; one compilation serves them all. ValueError without a compiler."""
+    """Compile the decoder layers at their first call; one compilation serves them all. ValueError without a compiler.
+
+    The last one's parts are compiled one by one, since its feed-forward part has fewer tokens (see `read_alone`).
+    """
     check_compiler(device)
     torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
-    for layer in decoder_layers(network):
-        layer.compile()
+    *layers, last = decoder_layers(network)
+    for module in (*layers, *last.children()):
+        module.compile()
 
 
 def check_compiler(device: torch.device) -> None:

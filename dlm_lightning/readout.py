@@ -190,32 +190,36 @@ def _slope(logits_nV: Tensor, target_n: Tensor) -> Tensor:
 def read_alone(layer: nn.Module, read_N: Tensor, tokens: int) -> Iterator[None]:
     """Meanwhile the last layer has its feed-forward part for the tokens at flat indices `read_N` alone, of so many.
 
-    The others leave it without, and must not be read. Not for a layer that is compiled or computes its activations
-    anew, and not where that would save little.
+    The others leave it without, and must not be read. Not for a layer that is compiled as a whole or computes its
+    activations anew, and not where that would save little.
     """
     inner = getattr(layer, "mlp", None)
     repeated = layer.training and getattr(layer, "gradient_checkpointing", False)
     if inner is None or repeated or layer._compiled_call_impl is not None or not 0 < len(read_N) <= tokens * MOSTLY:
         yield
         return
-    times_N = torch.zeros(tokens, device=read_N.device).index_add(0, read_N, torch.ones_like(read_N, dtype=torch.float))
-    share_N1 = 1 / times_N[read_N][:, None]  # of a token that is read several times
-    shape: list[torch.Size] = []
-
-    def take(_module: nn.Module, args: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        shape.append(args[0].shape)
-        return args[0].flatten(0, 1)[read_N][None], *args[1:]
-
-    def put_back(_module: nn.Module, _args: Any, out: Tensor) -> Tensor:
-        rows_ND = out[0] * share_N1.to(out.dtype)
-        return rows_ND.new_zeros(tokens, out.shape[2]).index_add(0, read_N, rows_ND).view(shape[0])
-
-    hooks = [inner.register_forward_pre_hook(take), inner.register_forward_hook(put_back)]
+    layer.mlp = _Alone(inner, read_N, tokens)
     try:
         yield
     finally:
-        for hook in hooks:
-            hook.remove()
+        layer.mlp = inner
+
+
+class _Alone(nn.Module):
+    """A feed-forward part of some tokens, with nothing for the others."""
+
+    def __init__(self, inner: nn.Module, read_N: Tensor, tokens: int) -> None:
+        super().__init__()
+        self.inner, self.read_N = inner, read_N
+        ones_N = torch.ones_like(read_N, dtype=torch.float)
+        times_N = ones_N.new_zeros(tokens).index_add(0, read_N, ones_N)
+        self.share_N1 = 1 / times_N[read_N][:, None]  # of a token that is read several times
+
+    def forward(self, hidden_BSD: Tensor) -> Tensor:
+        flat_TD = hidden_BSD.flatten(0, 1)
+        rows_ND = self.inner(flat_TD[self.read_N][None])[0]
+        rows_ND = rows_ND * self.share_N1.to(rows_ND.dtype)
+        return rows_ND.new_zeros(flat_TD.shape).index_add(0, self.read_N, rows_ND).view_as(hidden_BSD)
 
 
 def _raw(network: PreTrainedModel, hidden_ND: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"liger"}),
     (1, {"source", "mask_token", "attention", "readout", "lora", "cache"}),
     (1, {"denoiser", "drift", "representation", "compilation"}),
-    (1, {"decode", "sight", "likelihood"}),
+    (1, {"decode", "sight", "likelihood", "pattern_flops"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
     (2, {"conversion", "checkpoint"}),
     (2, {"nonfinite"}),

@@ -98,7 +98,8 @@ def check_documents(documents: int, length: int) -> None:
 class Step:
     """Training steps on one network, one optimizer and one batch, whichever arm gives the loss.
 
-    The learning rate is 0: AdamW does all of its work, and every arm finds the same weights.
+    The learning rate is 0: AdamW does all of its work, and every arm finds the same weights. Where the recipe has its
+    layers compiled, baselines have them as they are: frozen.
     """
 
     def __init__(self, prepared: Prepared, documents: int = 1) -> None:
@@ -125,7 +126,8 @@ class Step:
     def __call__(self, arm: Arm) -> Tensor:
         """One step by an arm; returns its loss per maskable token."""
         self.optimizer.zero_grad()
-        with self.precision.forward_context():
+        layers = torch.compiler.set_stance("force_eager" if arm.name in BASELINES else "default")
+        with self.precision.forward_context(), layers:
             loss = arm.loss(self.recipe, self.batch if arm.from_host else self._there) / self.tokens
         loss.backward()
         self._clip()

@@ -14,6 +14,7 @@ from dlm_lightning.callbacks import throughput
 from dlm_lightning.callbacks.throughput import Throughput
 from dlm_lightning.flops import needed
 from dlm_lightning.recipes.block_causal import BlockCausal
+from dlm_lightning.view import attention_mask
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
 ROWS = [[16], [9, 7], [5], [12], [3, 2], [16], [7], [8, 8]]  # one a micro-batch, padded to 16
@@ -100,9 +101,10 @@ def test_mfu_is_three_forward_passes_over_the_peak(run, monkeypatch):
     peak = 1e9
     monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)
     rows, recipe, batches, _ = run(2, 1)
-    S, scored = 32, int(recipe.corrupt(batches[0], recipe.pattern)[0].mask_BL.sum())
+    masked, view, _ = recipe.shown(batches[0], recipe.pattern)
+    S, scored, seen = 32, int(masked[0].mask_BL.sum()), int(attention_mask(view).sum())
     matrices = sum(p.numel() for name, p in recipe.denoiser.named_parameters() if "layers" in name and p.ndim > 1)
-    attention = 2 * 2 * 4 * S * S * 8 * 2  # two products of four heads of eight numbers in two layers
+    attention = 2 * 2 * 4 * seen * 8 * 2  # two products of four heads of eight numbers in two layers
     forward = 2 * S * matrices + attention + 2 * scored * 32 * recipe.denoiser.network.config.vocab_size
     last = sum(p.numel() for p in recipe.denoiser.network.model.layers[-1].mlp.parameters())
     forward -= 2 * (S - scored) * last  # tokens that nobody reads leave the last layer without its feed-forward part
