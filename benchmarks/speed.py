@@ -34,10 +34,8 @@ ROOT = Path(__file__).parents[1]
 OUT = ROOT / "docs" / "results"
 BLOCK, PAIR = "block_causal", "complementary_mask"
 SMALL, LARGE = "4,096", "32,768"  # rows of the embedding on a CPU, the mask token's among them
-PRECISIONS = ("32-true", "bf16-mixed")
 QWEN3_06 = {"hidden_size": 1024, "intermediate_size": 3072, "num_hidden_layers": 28}
 QWEN3_17 = {"hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
-MODELS = {"Qwen3-0.6B": (QWEN3_06, 4), "Qwen3-1.7B": (QWEN3_17, 2)}  # with rows a batch
 DRIFT = "drift: 10 measurements in 1,000 steps, without table and picture, % of the time"
 H200 = 989.4  # TFLOP/s in bfloat16, without sparsity
 
@@ -82,7 +80,6 @@ GOALS = {
         Goal("drift: device memory beyond a step's peak, MiB", BLOCK, (), 0.0, None, "drift memory", True),
     ],
 }
-COLUMNS = {"cpu": PRECISIONS, "gpu": tuple(MODELS)}
 GROWTH = {  # of a step on a CPU, one key at a time
     "data.row_length": ("512", "1024", "2048", "4096", "8192"),
     "model.block_size": ("4", "16", "64"),
@@ -90,38 +87,46 @@ GROWTH = {  # of a step on a CPU, one key at a time
     "data.vocab_size": ("4095", "16383", "32767"),
 }
 PARTS = (*GOALS, "growth")
+COMPILED = {"": [], ", compiled": ["model.compile=true"]}  # our layers and those of the AR step
 
 
 def requests(part: str, turns: int, words: list[str]) -> dict[str, Request]:
     """What is measured, by column and size."""
     if part == "gpu":
         return {
-            f"{model}/": Request(
-                [BLOCK, PAIR], [*shape(values, 128, 16, 8), *on_gpu(batch), *words], ["fair"], turns, tflops=H200
-            )
-            for model, (values, batch) in MODELS.items()
+            f"{column}/": Request([BLOCK, PAIR], [*own, *words], ["fair"], turns, tflops=H200)
+            for column, own in columns(part).items()
         }
     if part == "growth":
         own = {key: ["data.batch_size=1"] if key == "data.row_length" else [] for key in GROWTH}
         return {
-            key: Request([PAIR], [*on_cpu("32-true", SMALL), *own[key], *words], ["fair"], turns, growth=(key, values))
+            key: Request(
+                [PAIR], [*on_cpu(), *vocabulary(SMALL), *own[key], *words], ["fair"], turns, growth=(key, values)
+            )
             for key, values in GROWTH.items()
         }
     return {
-        f"{precision}/{size}": Request(recipes, [*on_cpu(precision, size), *words], ["peers", "fair"], turns)
-        for precision in PRECISIONS
+        f"{column}/{size}": Request(recipes, [*own, *vocabulary(size), *words], ["peers", "fair"], turns)
+        for column, own in columns(part).items()
         for size, recipes in ((SMALL, [PAIR, BLOCK]), (LARGE, [PAIR]))
     }
 
 
 def drifts(part: str, words: list[str]) -> dict[str, list[str]]:
     """The overrides of each model whose drift is measured, by column."""
-    if part == "gpu":
-        return {
-            f"{model}/drift": [*shape(values, 128, 16, 8), *on_gpu(batch), *words]
-            for model, (values, batch) in MODELS.items()
-        }
-    return {f"{precision}/drift": [*on_cpu(precision, SMALL), *words] for precision in PRECISIONS if part == "cpu"}
+    more = [] if part == "gpu" else vocabulary(SMALL)
+    return {f"{column}/drift": [*own, *more, *words] for column, own in columns(part).items()}
+
+
+def columns(part: str) -> dict[str, list[str]]:
+    """The columns of a part's table, with their overrides."""
+    if part == "cpu":
+        found = {precision: on_cpu(precision) for precision in ("32-true", "bf16-mixed")}
+    elif part == "gpu":
+        found = {"Qwen3-0.6B": on_gpu(QWEN3_06, rows=4), "Qwen3-1.7B": on_gpu(QWEN3_17, rows=2)}
+    else:
+        found = {}
+    return {f"{name}{how}": [*own, *words] for how, words in COMPILED.items() for name, own in found.items()}
 
 
 def drift(words: list[str], turns: int) -> dict[str, Any]:
@@ -149,18 +154,16 @@ def _peak(device: torch.device, run: Callable[[], object]) -> int:
     return torch.cuda.max_memory_allocated(device)
 
 
-def on_cpu(precision: str, size: str) -> list[str]:
+def on_cpu(precision: str = "32-true") -> list[str]:
     """A Qwen3 of six layers, rows of 512 tokens, blocks of 16."""
     model = shape({"hidden_size": 192, "intermediate_size": 576, "num_hidden_layers": 6}, 32, 6, 3)
-    data = [f"data.vocab_size={int(size.replace(',', '')) - 1}", "data.row_length=512"]
-    return [
-        *model,
-        *data,
-        "data.batch_size=2",
-        "model.block_size=16",
-        f"trainer.precision={precision}",
-        "trainer.accelerator=cpu",
-    ]
+    data = ["data.row_length=512", "data.batch_size=2"]
+    return [*model, *data, "model.block_size=16", f"trainer.precision={precision}", "trainer.accelerator=cpu"]
+
+
+def vocabulary(size: str) -> list[str]:
+    """So many rows of the embedding, the mask token's among them."""
+    return [f"data.vocab_size={int(size.replace(',', '')) - 1}"]
 
 
 def shape(values: dict[str, int], head: int, heads: int, key_heads: int) -> list[str]:
@@ -170,10 +173,10 @@ def shape(values: dict[str, int], head: int, heads: int, key_heads: int) -> list
     return ["model.source=null", f"model.config={{{', '.join(f'{key}: {value}' for key, value in config.items())}}}"]
 
 
-def on_gpu(batch: int) -> list[str]:
-    """Qwen3's vocabulary, rows of 4,096 tokens, blocks of 32."""
-    data = ["data.vocab_size=151935", "data.row_length=4096", f"data.batch_size={batch}", "model.block_size=32"]
-    return [*data, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]
+def on_gpu(values: dict[str, int], rows: int) -> list[str]:
+    """A Qwen3 of these sizes with its vocabulary, so many rows of 4,096 tokens, blocks of 32."""
+    data = ["data.vocab_size=151935", "data.row_length=4096", f"data.batch_size={rows}", "model.block_size=32"]
+    return [*shape(values, 128, 16, 8), *data, "trainer.accelerator=gpu", "trainer.precision=bf16-mixed"]
 
 
 def reached(goal: Goal, record: dict[str, Any] | None) -> Spread | None:
@@ -220,13 +223,13 @@ def table(part: str, records: dict[str, Any]) -> str:
     """The Markdown table of a part, with the devices that it was measured on."""
     if part == "growth":
         return growth(records)
-    columns = COLUMNS[part]
-    lines = [f"| | vocabulary | goal | stretch | {' | '.join(columns)} |", "|---" * (4 + len(columns)) + "|"]
+    names = [*columns(part)]
+    lines = [f"| | vocabulary | goal | stretch | {' | '.join(names)} |", "|---" * (4 + len(names)) + "|"]
     for goal in GOALS[part]:
         bound = "≤" if goal.most else "≥"
         bounds = [f"{bound} {limit:g}" if limit is not None else "" for limit in (goal.least, goal.stretch)]
         key = goal.size if goal.arms else "drift"
-        cells = [verdict(goal, reached(goal, records.get(f"{column}/{key}"))) for column in columns]
+        cells = [verdict(goal, reached(goal, records.get(f"{name}/{key}"))) for name in names]
         lines.append(f"| {' | '.join([goal.title, goal.size or '151,936', *bounds, *cells])} |")
     return "\n".join([*lines, "", where(records)])
 
