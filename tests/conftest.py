@@ -29,7 +29,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels written in Triton then run on a CPU
 
 from hypothesis import settings
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
@@ -161,6 +161,21 @@ def make_denoiser(source_folder: Callable[..., Path]) -> Callable[..., Denoiser]
         return Denoiser(copy.deepcopy(network(family, tied)), mask_id=300, token_ids=range(300), **options)
 
     return make
+
+
+@pytest.fixture
+def graphs(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Any]]:
+    """Modules are compiled without generating code: here are the graphs that would have become some."""
+    found, own = [], nn.Module.compile
+
+    def as_it_is(graph: Any, _inputs: Any) -> Any:
+        found.append(graph)
+        return graph
+
+    monkeypatch.setattr(nn.Module, "compile", lambda module: own(module, backend=as_it_is))
+    torch._dynamo.reset()
+    yield found
+    torch._dynamo.reset()
 
 
 @pytest.fixture(scope="session")

@@ -69,23 +69,15 @@ def test_no_kernel_is_asked(make_denoiser, shown, monkeypatch):
         denoiser(shown[0], shown[1].index_N)
 
 
-def test_layers_that_are_compiled_stay_so(make_denoiser, shown):
-    graphs = []
-
-    def backend(graph, _inputs):
-        graphs.append(graph)
-        return graph
-
-    torch._dynamo.reset()
+def test_layers_that_are_compiled_stay_so(make_denoiser, shown, graphs):
     denoiser = make_denoiser().train()
     for layer in decoder_layers(denoiser.network):
-        layer.compile(backend=backend)
+        layer.compile()
     found = forward_flops(denoiser, *shown)
     assert not graphs
     denoiser(shown[0], shown[1].index_N)
     assert graphs
     assert forward_flops(denoiser, *shown) == found
-    torch._dynamo.reset()
 
 
 def test_the_network_is_left_as_it_was(make_denoiser, shown):

@@ -58,8 +58,8 @@ def clock(monkeypatch):
 def run(make_recipe, make_batch, clock, tmp_path):
     """`run(accumulate, every)`: the rows logged by a run on ROWS that validates and saves on the way."""
 
-    def run(accumulate: int, every: int):
-        recipe = make_recipe(BlockCausal, block_size=4)
+    def run(accumulate: int, every: int, **options):
+        recipe = make_recipe(BlockCausal, block_size=4, **options)
         batches = [make_batch([row], length=16, seed=n) for n, row in enumerate(ROWS)]
         kept, saver = Kept(), L.pytorch.callbacks.ModelCheckpoint(tmp_path, every_n_train_steps=1)
         trainer = L.Trainer(
@@ -109,6 +109,17 @@ def test_mfu_is_three_forward_passes_over_the_peak(run, monkeypatch):
     last = sum(p.numel() for p in recipe.denoiser.network.model.layers[-1].mlp.parameters())
     forward -= 2 * (S - scored) * last  # tokens that nobody reads leave the last layer without its feed-forward part
     assert [row["speed/mfu"] for row in rows.values()] == pytest.approx([3 * forward / 2.0 / peak] * 4)
+
+
+def test_what_is_counted_does_not_leave_layers_uncompiled(run, monkeypatch, graphs):
+    found = {}
+    for peak in (None, 1e9):
+        monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)  # noqa: B023
+        run(1, 1, compile=True)
+        found[peak] = len(graphs)
+        graphs.clear()
+        torch._dynamo.reset()
+    assert found[None] == found[1e9] > 0
 
 
 def test_frozen_weights_need_no_gradient_of_their_own():
