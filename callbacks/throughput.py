@@ -8,11 +8,11 @@ from typing import Any
 
 import lightning as L
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 
 from dlm_lightning.flops import needed
 from dlm_lightning.module import Recipe
 from dlm_lightning.pattern_flops import forward_flops
+from dlm_lightning.precision import peak_flops
 from dlm_lightning.transfer import Fetched
 from dlm_lightning.view import Batch
 
@@ -25,7 +25,7 @@ class Throughput(L.Callback):
     speed/data_tokens_per_second: tokens of the corpus, padding left out; `tokens/s` in the progress bar.
     speed/scored_tokens_per_second: terms of the loss.
     speed/forward_tokens_per_second: tokens that the network computed, those of every copy and of padding.
-    speed/mfu: FLOPs that the pattern needs (`pattern_flops`) over the peak of the devices, where Lightning knows it.
+    speed/mfu: FLOPs that the pattern needs (`pattern_flops`) over the peak of the devices, where it is known.
     They are those of the first micro-batch, for which it makes one forward pass more.
     speed/peak_memory_gib: the most that this rank has held so far, of its GPU, or else of its process.
 
@@ -39,15 +39,13 @@ class Throughput(L.Callback):
         self._seconds = 0.0
         self._since: float | None = None
         self._before: Fetched | None = None  # for the progress bar, of the last step
-        self._peak: int | None = None
+        self._peak: float | None = None
         self._flops = 0.0  # of a micro-batch, 0 before the first
 
     def on_train_start(self, trainer: L.Trainer, recipe: Recipe) -> None:
         self._clear(trainer.global_step)
         self._since, self._before, self._flops = None, None, 0.0
-        precision = trainer.precision
-        dtype = torch.float32 if precision in ("32-true", "64-true") else torch.bfloat16
-        self._peak = get_available_flops(trainer.strategy.root_device, dtype)
+        self._peak = peak_flops(trainer.strategy.root_device, trainer.precision)
 
     def on_train_batch_start(self, trainer: L.Trainer, recipe: Recipe, batch: Batch, *_: Any) -> None:
         if self._peak and not self._flops:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import weakref
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,7 +18,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from dlm_lightning import attention
+from dlm_lightning import attention, readout
 from dlm_lightning.allocator import Allocator
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.flops import FlopCounter
@@ -142,7 +142,8 @@ def rehearse(
     allocator = None if gpu else Allocator()
     gc.freeze()  # what is there already makes no cycles with the rehearsal, and need not be looked at again and again
     try:
-        with FakeTensorMode(allow_non_fake_inputs=True) as fake, Ledger(allocator) as ledger:
+        head = _head_of_a_gpu() if gpu else nullcontext()
+        with head, FakeTensorMode(allow_non_fake_inputs=True) as fake, Ledger(allocator) as ledger:
             return _rehearse(recipe, _Faked(fake, batch, copies, scored), plan, accumulate, ledger)
     except (DataDependentOutputException, DynamicOutputShapeException) as error:
         raise ValueError(
@@ -171,6 +172,17 @@ class _Faked:
         self.copies = [Masked(*(fake.from_tensor(tensor) for tensor in copy)) for copy in copies]
         self.index_N = torch.zeros(scored, dtype=torch.long)
         self.weight_N = torch.zeros(scored)
+
+
+@contextmanager
+def _head_of_a_gpu() -> Iterator[None]:
+    """As many logits at a time as on a GPU: fake tensors are said to be on a CPU."""
+    own = readout.AT_A_TIME["cpu"]
+    readout.AT_A_TIME["cpu"] = readout.AT_A_TIME["cuda"]
+    try:
+        yield
+    finally:
+        readout.AT_A_TIME["cpu"] = own
 
 
 @contextmanager

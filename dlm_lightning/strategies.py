@@ -1,4 +1,4 @@
-"""Strategies beyond Lightning's own: FSDP2, with each rank reading only its shard of the source."""
+"""Strategies: DDP that leaves batches on the host, and FSDP2 with each rank reading only its shard of the source."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy, StrategyRegistry
+from lightning.pytorch.strategies import DDPStrategy, ModelParallelStrategy, StrategyRegistry
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     set_model_state_dict,
@@ -18,6 +18,17 @@ from transformers import PreTrainedModel
 from dlm_lightning import checkpoint, lora, shards
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.source import Source, decoder_layers, initial_row
+
+
+class DDP(DDPStrategy):
+    """A whole network on each device, `--trainer.strategy=ddp`, which is given batches as the recipe leaves them.
+
+    With ids of devices, torch would move all that `training_step` is given to the GPU (see `Recipe`, which wants it on
+    the host). The network is on its device without them.
+    """
+
+    def determine_ddp_device_ids(self) -> list[int] | None:
+        return None
 
 
 class FSDP2(ModelParallelStrategy):
@@ -92,4 +103,5 @@ def fill(network: PreTrainedModel, source: Source, mask_row: tuple[int, int | st
             local[mask_row[0] - start] = initial_row(source.read(name), mask_row[1])
 
 
+StrategyRegistry.register("ddp", DDP, description="data parallelism (DDP)", override=True, start_method="popen")
 StrategyRegistry.register("fsdp2", FSDP2, description="fully sharded data parallelism (FSDP2)")

@@ -1,10 +1,11 @@
-"""FSDP2 without FSDP: an empty network filled from the source equals the network that transformers loads."""
+"""Strategies without processes: an empty network filled from the source equals the one that transformers loads."""
 
 from __future__ import annotations
 
 import shutil
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from lightning.pytorch.strategies import StrategyRegistry
@@ -13,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from dlm_lightning.errors import sentence
 from dlm_lightning.source import Source, build
-from dlm_lightning.strategies import FSDP2, fill
+from dlm_lightning.strategies import DDP, FSDP2, fill
 
 
 def filled(source: Source, rows: int = 300, **options) -> nn.Module:
@@ -89,3 +90,11 @@ def test_a_source_that_names_its_tensors_otherwise_is_refused_in_one_sentence(so
 
 def test_the_strategy_is_known_by_its_name():
     assert isinstance(StrategyRegistry.get("fsdp2"), FSDP2)
+
+
+@pytest.mark.parametrize("name", ["ddp", "auto"])
+def test_ddp_moves_no_batch_to_a_gpu(name, monkeypatch):
+    strategy = L.Trainer(accelerator="cpu", devices=2, strategy=name, logger=False).strategy
+    assert type(strategy) is DDP
+    monkeypatch.setattr(DDP, "root_device", torch.device("cuda", 1))
+    assert strategy.determine_ddp_device_ids() is None

@@ -46,10 +46,13 @@ class Plan:
     ) -> Tensor:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
         mask_B1SK = self.mask(window)
+        share = q_BHSD.shape[1] // k_BGKD.shape[1]
+        shared = q_BHSD.is_cpu and softcap is None  # on GPUs, no kernel that takes a mask has heads that share keys
+        if not shared:
+            k_BGKD, v_BGKD = (x.repeat_interleave(share, dim=1) if share > 1 else x for x in (k_BGKD, v_BGKD))
         if softcap is None:
-            gqa = q_BHSD.shape[1] != k_BGKD.shape[1]
             out_BHSD = F.scaled_dot_product_attention(
-                q_BHSD, k_BGKD, v_BGKD, attn_mask=mask_B1SK, scale=scaling, enable_gqa=gqa
+                q_BHSD, k_BGKD, v_BGKD, attn_mask=mask_B1SK, scale=scaling, enable_gqa=shared and share > 1
             )
         else:
             out_BHSD = _softcapped(q_BHSD, k_BGKD, v_BGKD, mask_B1SK, scaling, softcap)
@@ -57,11 +60,9 @@ class Plan:
 
 
 def _softcapped(
-    q_BHSD: Tensor, k_BGKD: Tensor, v_BGKD: Tensor, mask_B1SK: Tensor, scaling: float | None, softcap: float
+    q_BHSD: Tensor, k_BHKD: Tensor, v_BHKD: Tensor, mask_B1SK: Tensor, scaling: float | None, softcap: float
 ) -> Tensor:
     """Attention whose scores pass c·tanh(score / c) before the softmax, as Gemma 2's: torch's kernels lack it."""
-    share = q_BHSD.shape[1] // k_BGKD.shape[1]
-    k_BHKD, v_BHKD = (x.repeat_interleave(share, dim=1) for x in (k_BGKD, v_BGKD))
     scores_BHSK = q_BHSD @ k_BHKD.transpose(2, 3) * (scaling or q_BHSD.shape[-1] ** -0.5)
     scores_BHSK = softcap * torch.tanh(scores_BHSK / softcap)
     weights_BHSK = scores_BHSK.masked_fill(~mask_B1SK, -torch.inf).softmax(-1, dtype=torch.float32)

@@ -21,6 +21,7 @@ from dlm_lightning.attention import bounds
 from dlm_lightning.view import View, near, sees
 
 SIZE = 128  # tokens of a tile, the kernel's own
+LEAST = 16  # numbers of a head that Triton multiplies matrices of
 GRAPHS = 64  # beyond its limit torch would go on without a compiled kernel, and look at all pairs
 
 
@@ -63,11 +64,19 @@ class Plan:
         softcap: float | None = None,
     ) -> Tensor:
         """Attention of H query heads over G key and value heads: [B, S, H, D]."""
-        gqa = q_BHSD.shape[1] != k_BGSD.shape[1]
-        options: dict[str, Any] = {"score_mod": _capped(softcap), "block_mask": self.mask(window), "scale": scaling}
-        options |= {"enable_gqa": gqa, "kernel_options": self.kernel_options}
+        H, D = q_BHSD.shape[1], q_BHSD.shape[3]
+        options: dict[str, Any] = {"score_mod": _capped(softcap), "block_mask": self.mask(window)}
+        options |= {"scale": scaling or D**-0.5, "enable_gqa": k_BGSD.shape[1] != H}
         own = v_BGSD.dtype  # under autocast, rotary positions leave queries and keys in float32
-        return kernel()(q_BHSD.to(own), k_BGSD.to(own), v_BGSD, **options).transpose(1, 2).contiguous()
+        qkv = (_padded(x.to(own)) for x in (q_BHSD, k_BGSD, v_BGSD))
+        out_BHSD = kernel()(*qkv, **options, kernel_options=self.kernel_options)
+        return out_BHSD[..., : v_BGSD.shape[3]].transpose(1, 2).contiguous()
+
+
+def _padded(x_BHSD: Tensor) -> Tensor:
+    """With zeros behind heads of fewer numbers than the kernel takes, which change no score and no output."""
+    D = x_BHSD.shape[3]
+    return F.pad(x_BHSD, (0, LEAST - D)) if D < LEAST else x_BHSD
 
 
 def plan(view: View, predicate: Callable[[View, View], Tensor]) -> Plan | None:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from rich.console import Console
 
 from dlm_lightning.bench import show
@@ -24,6 +23,7 @@ from dlm_lightning.bench.needs import forward_tokens, needed_flops, peak_memory
 from dlm_lightning.bench.record import JSON, Contest, Measured, Record, named
 from dlm_lightning.bench.timing import WARM_UP, take_turns, wait_for
 from dlm_lightning.plan import prepare
+from dlm_lightning.precision import peak_flops
 
 log = logging.getLogger(__name__)
 FOLDER = Path("runs/bench")
@@ -36,7 +36,7 @@ class Request:
 
     recipes, overrides: as of `dlm fit`; of a source only config and tokenizer are read. baselines: by name.
     turns: that are counted. documents: in each row. growth: a key, or `documents`, and the values to try.
-    tflops: the device's peak; None takes Lightning's, where it has one.
+    tflops: the device's peak; None takes the one that is known (see `peak_flops`).
     """
 
     recipes: Sequence[str]
@@ -132,7 +132,7 @@ def _contest(request: Request, recipe: str, value: str | None) -> tuple[Contest,
     check(losses)
     seconds_once, times = time.perf_counter() - began, WARM_UP + request.turns
     log.info("%s: %d arms, each once in %.1f s, now %d times", prepared.name, len(losses), seconds_once, times)
-    peak = request.tflops * 1e12 if request.tflops else _peak(step.device, prepared.machine.precision)
+    peak = request.tflops * 1e12 if request.tflops else peak_flops(step.device, prepared.machine.precision)
     steps = {arm.name: partial(step, arm) for arm in contestants}
     seconds = take_turns(steps, request.turns, wait=wait_for(step.device))
     measured = [_measured(step, arm, seconds[arm.name], losses[arm.name], peak is not None) for arm in contestants]
@@ -160,11 +160,6 @@ def _measured(step: Step, arm: Arm, seconds: list[float], loss: float, with_flop
         flops=needed_flops(step, arm) if with_flops else None,
         loss=loss,
     )
-
-
-def _peak(device: torch.device, precision: str) -> float | None:
-    dtype = torch.float32 if precision == "32-true" else torch.bfloat16
-    return get_available_flops(device, dtype)
 
 
 def growth(words: str) -> tuple[str, list[str]]:

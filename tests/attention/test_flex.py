@@ -21,9 +21,9 @@ def view_of(make_batch, pattern):
     return pattern.lay_out(batch, [batch.maskable_BL] * copies, MASK)
 
 
-def qkv(view, dtype=torch.float32, device="cpu"):
+def qkv(view, dtype=torch.float32, device="cpu", size=64):
     B, S = view.ids_BS.shape
-    return [torch.randn(B, n, S, 64, dtype=dtype, device=device, requires_grad=device != "cpu") for n in (4, 2, 2)]
+    return [torch.randn(B, n, S, size, dtype=dtype, device=device, requires_grad=device != "cpu") for n in (4, 2, 2)]
 
 
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
@@ -38,6 +38,21 @@ def test_the_kernel_under_the_block_mask_equals_the_dense_backend(
     monkeypatch.setattr(flex, "kernel", lambda: flex_attention)  # not compiled: it looks at all pairs
     monkeypatch.setattr(GUARD, lambda *_: None, raising=False)
     assert_same((flex.Plan(view, sees), dense.plan(view, sees)), qkv(view), 0.3, window, softcap)
+
+
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+@pytest.mark.parametrize("scaling", [None, 0.3])
+def test_small_heads_are_padded_to_what_the_kernel_takes(make_batch, assert_same, monkeypatch, scaling):
+    view, taken = view_of(make_batch, PATTERNS[0]), []
+
+    def kernel(q, k, v, **options):
+        taken.extend(x.shape[3] for x in (q, k, v))
+        return flex_attention(q, k, v, **options)
+
+    monkeypatch.setattr(flex, "kernel", lambda: kernel)
+    monkeypatch.setattr(GUARD, lambda *_: None, raising=False)
+    assert_same((flex.Plan(view, sees), dense.plan(view, sees)), qkv(view, size=8), scaling)
+    assert set(taken) == {16}
 
 
 @pytest.mark.parametrize("queries", [flex.SIZE, 2 * flex.SIZE])

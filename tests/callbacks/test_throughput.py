@@ -99,7 +99,7 @@ def test_the_progress_bar_has_tokens_per_second_and_no_logger_has_them_twice(run
 
 def test_mfu_is_three_forward_passes_over_the_peak(run, monkeypatch):
     peak = 1e9
-    monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)
+    monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: peak)
     rows, recipe, batches, _ = run(2, 1)
     masked, view, _ = recipe.shown(batches[0], recipe.pattern)
     S, scored, seen = 32, int(masked[0].mask_BL.sum()), int(attention_mask(view).sum())
@@ -114,7 +114,7 @@ def test_mfu_is_three_forward_passes_over_the_peak(run, monkeypatch):
 def test_what_is_counted_does_not_leave_layers_uncompiled(run, monkeypatch, graphs):
     found = {}
     for peak in (None, 1e9):
-        monkeypatch.setattr(throughput, "get_available_flops", lambda device, dtype: peak)  # noqa: B023
+        monkeypatch.setattr(throughput, "peak_flops", lambda device, precision: peak)  # noqa: B023
         run(1, 1, compile=True)
         found[peak] = len(graphs)
         graphs.clear()
