@@ -45,6 +45,7 @@ from dlm_lightning.view import AUTOREGRESSIVE, Batch
 STREAM = 6  # of the noise
 WHOLE = 32  # tokens per block of a bound for a model without blocks
 RESULT, SAMPLES = "lm_eval.json", "lm_eval_samples.jsonl"
+STEP = 256  # tokens by which rows grow on a GPU
 NEW_TOKENS = 256  # where a task says nothing
 Pair = tuple[list[int], list[int]]  # context and continuation
 
@@ -167,7 +168,7 @@ class HarnessModel(LM):
 
     def _lay_out(self, rows: Sequence[Pair], numbers: Sequence[int], draw: int) -> Batch:
         """A row per pair, padded; only continuations are maskable."""
-        L = max(len(context) + len(continuation) for context, continuation in rows)
+        L = self._row_length(max(len(context) + len(continuation) for context, continuation in rows))
         ids_BL = torch.full((len(rows), L), self.tokenizer.eos_token_id)
         document_BL = (-1 - torch.arange(L)).repeat(len(rows), 1)
         maskable_BL = torch.zeros(len(rows), L, dtype=torch.bool)
@@ -182,6 +183,10 @@ class HarnessModel(LM):
         position_BL = torch.arange(L).repeat(len(rows), 1)
         batch = Batch(ids_BL, position_BL, document_BL, maskable_BL, u_BL, t_BL, torch.tensor(numbers))
         return Batch(*(tensor.to(self._device) for tensor in batch))
+
+    def _row_length(self, longest: int) -> int:
+        """Of a batch; on a GPU one of a few, because a kernel is compiled for each."""
+        return longest if self._device.type == "cpu" else min(self.length, -(-longest // STEP) * STEP)
 
     def _greedy(self, pairs: Sequence[Pair]) -> list[list[int]]:
         """What the plan writes behind each context, as long as its longest continuation; each context once."""

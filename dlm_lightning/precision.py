@@ -1,4 +1,4 @@
-"""What `trainer.precision` means here: the network is built in it, and nothing else is rounded; a device's peak in it."""
+"""What `trainer.precision` means here: the network is built in it, nothing else is rounded; a device's peak in it."""
 
 from __future__ import annotations
 

@@ -104,6 +104,18 @@ def test_likelihoods_depend_on_neither_batch_nor_company(model):
     assert together == pytest.approx(alone, rel=1e-4)
 
 
+def test_on_a_gpu_rows_have_few_lengths_which_likelihoods_do_not_depend_on(model):
+    own = model(samples=2)
+    pairs = [own.pair(*pair) for pair in PAIRS]
+    found = own.score(pairs, [0, 1, 2])
+    own._row_length = lambda longest: min(own.length, longest + 30)
+    assert own.score(pairs, [0, 1, 2]) == pytest.approx(found, rel=1e-4)
+    del own._row_length
+    assert own._row_length(77) == 77
+    own._device, own.length = torch.device("cuda"), 2000
+    assert [own._row_length(n) for n in (77, 256, 257, 1999)] == [256, 256, 512, 2000]
+
+
 def test_choices_of_a_question_have_the_same_noise_and_questions_have_not(model):
     own = model(samples=1)
     pair, longer = own.pair("the quick", " brown"), own.pair("the quick", " brown fox jumps over")
