@@ -59,7 +59,7 @@ def _cells(contest: Contest, arm: Measured, peak: float | None) -> list[str]:
     over_ar = NONE if arm.name == AR else spread(contest.ratio(arm.name, AR))
     over_ours = spread(contest.ratio(arm.name, OURS)) if arm.name in contest.baselines else NONE
     mfu = f"{arm.flops / seconds.median / peak:.1%}" if arm.flops and peak else NONE
-    time = spread(Spread(*(1000 * s for s in seconds)), 1)
+    time = spread(Spread(*(1000 * s for s in seconds)), 1 if seconds.median < 0.1 else 0)
     return [time, *rates, over_ar, over_ours, _bytes(arm.memory), mfu]
 
 

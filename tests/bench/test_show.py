@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 from rich.console import Console
@@ -36,7 +37,7 @@ def lines():
     """`lines(record)`: the tables as they are printed, line by line."""
 
     def show(record):
-        console = Console(width=100, highlight=False)
+        console = Console(width=80, highlight=False)
         with console.capture() as capture:
             console.print(tables(record))
         return [line.rstrip() for line in capture.get().splitlines()]
@@ -56,15 +57,23 @@ def test_the_table_has_a_row_for_each_arm(contest, lines):
     found = lines(Record({"growth": None}, "a device", None, [contest()]))
     assert found[:2] == ["a device", "block_causal, 32-true"]
     assert [" ".join(line.split()) for line in found[3:]] == [
-        "ours 200.0 ± 450.0 500 300 1,000 2.00 ± 0.00 – 3 MiB –",
-        "peers 600.0 ± 1,375.0 167 100 667 6.00 ± 0.25 3.00 ± 0.12 3 MiB –",
-        "ar 100.0 ± 225.0 1,000 600 1,000 – – 3 MiB –",
+        "ours 200 ± 450 500 300 1,000 2.00 ± 0.00 – 3 MiB –",
+        "peers 600 ± 1,375 167 100 667 6.00 ± 0.25 3.00 ± 0.12 3 MiB –",
+        "ar 100 ± 225 1,000 600 1,000 – – 3 MiB –",
     ]
 
 
 def test_mfu_is_shown_where_the_peak_is_known(contest, lines):
     found = lines(Record({"growth": None}, "a device", 1000.0, [contest(flops=100.0)]))
     assert [line.split()[-1] for line in found[3:]] == ["50.0%", "–", "–"]
+
+
+def test_steps_of_seconds_leave_room_for_names(contest, lines):
+    long = contest()
+    arms = [replace(arm, seconds=[5 * s for s in arm.seconds]) for arm in long.arms]
+    found = lines(Record({"growth": None}, "a device", None, [replace(long, arms=arms)]))
+    assert [line.split()[0] for line in found[-3:]] == ["ours", "peers", "ar"]
+    assert not any("…" in line for line in found)
 
 
 def test_what_grows_is_named(contest, lines):
