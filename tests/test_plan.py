@@ -11,6 +11,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from dlm_lightning import readout
 from dlm_lightning.plan import Plan, plan, rows
 from dlm_lightning.recipes.block_causal import BlockCausal
 from dlm_lightning.rehearsal import per_device
@@ -121,6 +122,15 @@ def test_what_malloc_keeps_comes_on_top_and_only_on_cpus(planned):
     for held, kept in ((0, 0), (alive, 0), (alive + 12345, 12345)):
         memory = per_device(replace(done, allocator=held), "single", 1, cpu.denoiser)
         assert memory.peak == alive + kept
+
+
+def test_the_head_has_as_many_logits_at_a_time_as_on_the_device_that_is_planned(planned, monkeypatch):
+    own, found = readout._at_a_time, []
+    monkeypatch.setattr(readout, "_at_a_time", lambda *given: found.append(own(*given)) or found[-1])
+    for words, logits in ((), 2**23), (("trainer.accelerator=gpu", "trainer.devices=1"), 2**28), ((), 2**23):
+        planned("block_causal", *words)
+        assert set(found) == {logits // 301}
+        found.clear()
 
 
 def test_accumulated_gradients_are_there_during_the_passes(planned, parameters):
