@@ -12,7 +12,7 @@ import torch
 from dlm_lightning.flops import needed
 from dlm_lightning.module import Recipe
 from dlm_lightning.pattern_flops import forward_flops
-from dlm_lightning.precision import peak_flops
+from dlm_lightning.peak_flops import peak_flops
 from dlm_lightning.transfer import Fetched
 from dlm_lightning.view import Batch
 

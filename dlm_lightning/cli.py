@@ -400,7 +400,7 @@ def _bench(argv: list[str]) -> int:
     parser.add_argument("--turns", metavar="N", type=int, default=10, help="in which every arm steps once; default 10")
     parser.add_argument("--documents", metavar="N", type=int, default=1, help="packed into each row; default 1")
     parser.add_argument("--growth", metavar="KEY=V,V,…", help="repeat it for each value of a key, or of documents")
-    parser.add_argument("--tflops", metavar="N", type=float, help="the device's peak; default Lightning's, if known")
+    parser.add_argument("--tflops", metavar="N", type=float, help="the device's peak; default its own, if it is known")
     parser.add_argument("--out", metavar="DIR", help="a new folder; default runs/bench/<number>")
     args = parser.parse_intermixed_args(argv)
     words = [*args.words, *(word for word in args.baseline or () if "=" in word)]

@@ -1,11 +1,10 @@
-"""What `trainer.precision` means here: the network is built in it, nothing else is rounded; a device's peak in it."""
+"""What `trainer.precision` means here: the network is built in it, and nothing else is rounded."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
-from lightning.fabric.utilities.throughput import get_available_flops
 from lightning.pytorch.plugins.precision import Precision
 
 DTYPES = {"32-true": torch.float32, "bf16-mixed": torch.float32, "bf16-true": torch.bfloat16}  # of the parameters
@@ -38,15 +37,3 @@ def settle(strategy: Any) -> torch.dtype:
     if precision == "bf16-true":
         strategy.precision_plugin = BuiltInBfloat16()
     return DTYPES[precision]
-
-
-def peak_flops(device: torch.device, precision: Any) -> float | None:
-    """FLOPs per second that a device makes at most in a precision, without sparsity; None where nobody knows.
-
-    Hopper GPUs' in half precision are NVIDIA's datasheets': Lightning (2.6.6) has them with sparsity, if at all.
-    """
-    half = full_name(precision) != "32-true"
-    name = torch.cuda.get_device_name(device).lower() if device.type == "cuda" else ""
-    if half and ("h100" in name or "h200" in name):
-        return 835e12 if "nvl" in name else 756e12 if "pcie" in name else 989.4e12
-    return get_available_flops(device, torch.bfloat16 if half else torch.float32)

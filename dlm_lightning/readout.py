@@ -1,6 +1,6 @@
 """What is read from a network: logits, −log p, and its weighted sum, whose gradient is made in the forward pass.
 
-Shapes: N tokens read, n of them at a time, D hidden size, V vocabulary, X of its rows that are banned.
+Shapes: N tokens read of T, n of them at a time, D hidden size, V vocabulary, X of its rows that are banned.
 """
 
 from __future__ import annotations

@@ -20,7 +20,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"denoiser", "drift", "representation", "compilation"}),
     (1, {"decode", "sight", "likelihood", "pattern_flops"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
-    (2, {"conversion", "checkpoint"}),
+    (2, {"conversion", "checkpoint", "peak_flops"}),
     (2, {"nonfinite"}),
     (2, {"module", "data", "strategies", "loggers"}),
     (2, {"gradient_noise"}),

@@ -9,7 +9,7 @@ from torch.utils.data import DataLoader
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning.lora import Lora
-from dlm_lightning.precision import DTYPES, peak_flops
+from dlm_lightning.precision import DTYPES
 from dlm_lightning.recipes.block_causal import BlockCausal
 
 pytestmark = pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
@@ -81,21 +81,3 @@ def test_bf16_true_starts_from_the_sources_weights_rounded_once(source_folder):
 def test_another_precision_is_refused(fit, precision):
     with pytest.raises(ValueError, match=f"trainer.precision must be one of 32-true, .*, not {precision}"):
         fit(precision)
-
-
-@pytest.mark.filterwarnings("ignore:FLOPs not found")
-@pytest.mark.parametrize(
-    ("name", "precision", "peak"),
-    [
-        ("NVIDIA H200", "bf16-mixed", 989.4e12),
-        ("NVIDIA H100 80GB HBM3", "bf16-true", 989.4e12),
-        ("NVIDIA H100 PCIe", "bf16-mixed", 756e12),
-        ("NVIDIA H200 NVL", "bf16-mixed", 835e12),
-        ("NVIDIA A100-SXM4-80GB", "bf16-mixed", 312e12),  # Lightning's
-        ("a GPU of tomorrow", "bf16-mixed", None),
-    ],
-)
-def test_a_peak_is_that_of_products_without_sparsity(name, precision, peak, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _device: name)
-    assert peak_flops(torch.device("cuda"), precision) == peak
-    assert peak_flops(torch.device("cpu"), precision) is None

@@ -79,6 +79,18 @@ def test_the_table_names_the_device(speed, record):
     assert table.endswith("Measured on: a device, threads: 2, torch 2.")
 
 
+@pytest.mark.parametrize("part", ["cpu", "gpu"])
+def test_each_figure_is_looked_up_where_it_is_kept(speed, part):
+    asked = []
+
+    class Kept(dict):
+        def get(self, name):
+            asked.append(name)
+
+    speed.table(part, Kept())
+    assert set(asked) == {*speed.requests(part, 1, []), *speed.drifts(part, [])}
+
+
 def test_the_page_holds_what_was_measured(speed, tmp_path):
     page = speed.OUT / "speed.md"
     (tmp_path / "speed.md").write_text(page.read_text())

@@ -48,14 +48,12 @@ class Plan:
         mask_B1SK = self.mask(window)
         share = q_BHSD.shape[1] // k_BGKD.shape[1]
         shared = q_BHSD.is_cpu and softcap is None  # on GPUs, no kernel that takes a mask has heads that share keys
-        if not shared:
-            k_BGKD, v_BGKD = (x.repeat_interleave(share, dim=1) if share > 1 else x for x in (k_BGKD, v_BGKD))
+        k, v = (x if shared or share == 1 else x.repeat_interleave(share, dim=1) for x in (k_BGKD, v_BGKD))
         if softcap is None:
-            out_BHSD = F.scaled_dot_product_attention(
-                q_BHSD, k_BGKD, v_BGKD, attn_mask=mask_B1SK, scale=scaling, enable_gqa=shared and share > 1
-            )
+            gqa = k.shape[1] != q_BHSD.shape[1]
+            out_BHSD = F.scaled_dot_product_attention(q_BHSD, k, v, mask_B1SK, scale=scaling, enable_gqa=gqa)
         else:
-            out_BHSD = _softcapped(q_BHSD, k_BGKD, v_BGKD, mask_B1SK, scaling, softcap)
+            out_BHSD = _softcapped(q_BHSD, k, v, mask_B1SK, scaling, softcap)
         return out_BHSD.transpose(1, 2).contiguous()
 
 

@@ -22,8 +22,8 @@ from dlm_lightning.bench.arms import Arm, Step, arms, check, check_documents
 from dlm_lightning.bench.needs import forward_tokens, needed_flops, peak_memory
 from dlm_lightning.bench.record import JSON, Contest, Measured, Record, named
 from dlm_lightning.bench.timing import WARM_UP, take_turns, wait_for
+from dlm_lightning.peak_flops import peak_flops
 from dlm_lightning.plan import prepare
-from dlm_lightning.precision import peak_flops
 
 log = logging.getLogger(__name__)
 FOLDER = Path("runs/bench")
