@@ -20,6 +20,8 @@ STREAM = 4  # of the noise; training, validation and the data's order have other
 class Yardstick(L.Callback):
     """Measures the block-wise bound at each validation, in nats per token, with the same noise for every pattern.
 
+    Forward passes are in the trainer's precision.
+
     bound/<future>/<size>: blocks of `size` tokens behind a clean prefix (see `likelihood.Blocks`); an autoregressive
     model has size 1 alone, its exact likelihood; one without blocks the masked future alone, as decoders show it.
     profile/position/<n>: the bound at `profile_size`, future masked, per token at place n of its block, from 0.
@@ -80,7 +82,8 @@ class Yardstick(L.Callback):
             count = self.passes if held is None else min(self.passes, max(1, held))  # the same for all ranks
             whole = held is not None and count >= held  # one block of each after another, which add up
             for n, (noisy, _) in enumerate(noise[:count]):
-                done = bound(recipe.denoiser, noisy, blocks, n if whole else (n + choice_BL) / count)
+                with trainer.precision_plugin.forward_context():
+                    done = bound(recipe.denoiser, noisy, blocks, n if whole else (n + choice_BL) / count)
                 share_BL = done.share_BL * (count if whole else 1)
                 for name in names:
                     self._add(name, share_BL, batch.maskable_BL)

@@ -26,6 +26,7 @@ key=value stands for LightningCLI's --key=value; all of its options work:
   --help, --model.help CLASS, --data.help CLASS   what can be set
   --ckpt_path DIR           start a new run from a checkpoint, such as runs/block_causal/1/checkpoints/step=100
 """
+PRECISIONS = ("32-true", "bf16-true")  # in which weights are decoded with
 PATIENCE = 10  # seconds that a rank which failed leaves to the first one of its machine, to say why
 
 
@@ -250,6 +251,9 @@ def _generate(argv: list[str]) -> int:
     parser.add_argument("--chat", action="store_true", help="put the prompt into the tokenizer's chat template")
     parser.add_argument("--batch", metavar="N", type=int, default=8, help="prompts at a time; default 8")
     parser.add_argument("--device", metavar="NAME", help="such as cpu or cuda:1; default a GPU if there is one")
+    parser.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the weights; default 32-true"
+    )
     parser.add_argument("--compile", action="store_true", help="compile the network first: for many prompts")
     parser.add_argument("overrides", metavar="key=value", nargs="*", help="of the plan, such as selector.threshold=0.8")
     args = parser.parse_intermixed_args(argv)
@@ -258,7 +262,8 @@ def _generate(argv: list[str]) -> int:
     if not args.jsonl and not args.prompt:
         args.prompt = [text_of(args.file or "-")]
     prompts, places = args.prompt or [], (args.jsonl, args.out)
-    generate(args.run, args.plan, args.overrides, prompts, *places, args.chat, args.batch, args.device, args.compile)
+    how = (args.chat, args.batch, args.device, args.precision, args.compile)
+    generate(args.run, args.plan, args.overrides, prompts, *places, *how)
     return 0
 
 
@@ -294,6 +299,9 @@ def _eval(argv: list[str]) -> int:
     harness.add_argument("--limit", metavar="N", type=int, help="questions of each task; default all")
     harness.add_argument("--shots", metavar="N", type=int, help="examples before each question; default the task's own")
     harness.add_argument("--chat", action="store_true", help="ask in the tokenizer's chat template")
+    harness.add_argument(
+        "--precision", choices=PRECISIONS, default=PRECISIONS[0], help="of the weights; default 32-true"
+    )
     harness.add_argument("--batch", metavar="N", type=int, default=8, help="questions at a time; default 8")
     args = parser.parse_intermixed_args(argv)
     named = _names(word for word in args.tasks or () if "=" not in word)
@@ -332,7 +340,7 @@ def _ask_harness(args: argparse.Namespace, names: list[str]) -> None:
     from dlm_lightning.harness import Estimate, evaluate
 
     estimate = Estimate(args.likelihood, args.samples, args.seed)
-    asked = {name: getattr(args, name) for name in ("plan", "include", "limit", "shots", "chat", "batch")}
+    asked = {name: getattr(args, name) for name in ("plan", "include", "limit", "shots", "chat", "batch", "precision")}
     path = evaluate(args.run, names, estimate=estimate, **asked)
     if runs.is_first_process():
         print(path)

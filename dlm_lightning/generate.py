@@ -45,13 +45,15 @@ def generate(
     chat: bool = False,
     batch: int = 8,
     device: str | None = None,
+    precision: str = "32-true",
     compile_network: bool = False,
 ) -> None:
     """Continue prompts, or those of a JSONL file, and print text and figures; `out` or stdout takes JSON lines.
 
     A line of a JSONL file has a `prompt` or, for the chat template, `messages`; its other keys are passed on. `plan` is
-    a shipped one's name or a YAML, by default what suits the model's pattern. Raises ValueError or FileNotFoundError
-    for input that cannot be decoded, before anything is.
+    a shipped one's name or a YAML, by default what suits the model's pattern; `precision` is that of the weights,
+    32-true or bf16-true, whatever they were trained in. Raises ValueError or FileNotFoundError for input that cannot be
+    decoded, before anything is.
     """
     quiet()
     logging.getLogger("dlm_lightning").handlers = [logging.StreamHandler()]  # stdout is for the text alone
@@ -66,7 +68,7 @@ def generate(
     if place and not place.parent.is_dir():
         raise FileNotFoundError(f"--out {out}: there is no folder {place.parent}")
     chosen = read(plan, overrides) if plan else None
-    folder, recipe, _ = restore(run)
+    folder, recipe, _ = restore(run, f"--trainer.precision={precision}")
     tokenizer = recipe.tokenizer
     data = yaml.safe_load((folder / runs.CONFIG).read_text())["data"]["init_args"]
     template = conversations.template(data.get("chat_template")) or tokenizer.chat_template

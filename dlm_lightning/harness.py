@@ -307,18 +307,20 @@ def evaluate(
     shots: int | None = None,
     chat: bool = False,
     batch: int = 8,
+    precision: str = "32-true",
 ) -> Path:
     """Ask a run's newest checkpoint the harness's tasks; returns `lm_eval.json` in the run, the harness's own format.
 
-    Beside the harness's results it holds `dlm_lightning`: decoding plan and how likelihoods were taken. Under torchrun
-    the ranks share out the questions. Raises ValueError or FileNotFoundError for what cannot be asked.
+    Beside the harness's results it holds `dlm_lightning`: decoding plan and how likelihoods were taken. `precision` is
+    that of the weights, 32-true or bf16-true, whatever they were trained in. Under torchrun the ranks share out the
+    questions. Raises ValueError or FileNotFoundError for what cannot be asked.
     """
     quiet()
     logging.getLogger("dlm_lightning").handlers = [logging.StreamHandler(sys.stderr)]
     for name in ("lm_eval", "lm-eval"):
         logging.getLogger(name).setLevel(logging.ERROR)
     manager = known_tasks(tasks, include)
-    run, recipe, step = restore(folder)
+    run, recipe, step = restore(folder, f"--trainer.precision={precision}")
     denoiser, tokenizer = recipe.eval().denoiser, recipe.tokenizer
     template = conversations.template(getattr(recipe.trainer.datamodule, "chat_template", None))
     if chat and not (template or tokenizer.chat_template):
@@ -347,6 +349,7 @@ def evaluate(
         "run": str(run),
         "step": step,
         "pattern": vars(denoiser.pattern) | {"shift": denoiser.shift},
+        "precision": precision,
         "likelihood": asdict(estimate),
         "plan": _described(chosen),
     }

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from torch._inductor import config as inductor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dlm_lightning.catalog import plans
 from dlm_lightning.checkpoint import agree
@@ -141,6 +142,20 @@ def test_the_documents_example_runs(finished, capsys):
     exec(example.replace("runs/block_causal/1", str(finished)).replace("Stopper(64)", "Stopper(7)"), {})
     *new_ids, per_forward = re.findall(r"[\d.]+", capsys.readouterr().out)
     assert len(new_ids) <= 7 and float(per_forward) > 0
+
+
+def test_in_bfloat16_it_decodes_as_transformers_does_with_such_weights(finished, typed, tmp_path):
+    assert typed("export", "done", "exported", cwd=tmp_path).code == 0
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    network = AutoModelForCausalLM.from_pretrained(tmp_path / "exported", dtype="bfloat16", trust_remote_code=True)
+    prompts = ["the quick", "jumps", "over the lazy dog"]
+    rows = (network.generate(**tokenizer(prompt, return_tensors="pt"), max_new_tokens=40)[0] for prompt in prompts)
+    words = [word for prompt in prompts for word in ("--prompt", prompt)]
+    said = typed("generate", "done", *words, "--precision", "bf16-true", "stopper.new_tokens=40", cwd=tmp_path)
+    assert said.code == 0, said.err
+    assert said.out == "".join(f"{tokenizer.decode(row, skip_special_tokens=True)}\n" for row in rows)
+    exact = by_decoder(finished, prompts, words=["stopper.new_tokens=40"])
+    assert said.out != "".join(f"{prompt}{text}\n" for prompt, text in zip(prompts, exact, strict=True))
 
 
 def test_without_a_compiler_compile_is_refused(finished, refused, tmp_path):

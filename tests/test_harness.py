@@ -235,6 +235,18 @@ def test_local_tasks_through_the_command(finished, tasks, typed, tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore")
+def test_weights_in_bfloat16_are_nearly_as_likely(finished, tasks, typed, tmp_path):
+    words = ["--tasks", "local_rolling", "--include", tasks, "--samples", 2]
+    bits = []
+    for precision in ("32-true", "bf16-true"):
+        assert typed("eval", finished, *words, "--precision", precision, cwd=tmp_path).code == 0
+        found = json.loads((finished / "lm_eval.json").read_text())
+        assert found["dlm_lightning"]["precision"] == precision
+        bits.append(found["results"]["local_rolling"]["bits_per_byte,none"])
+    assert bits[0] != bits[1] and bits[1] == pytest.approx(bits[0], rel=1e-2)
+
+
+@pytest.mark.filterwarnings("ignore")
 def test_ranks_share_out_the_questions(finished, tasks, typed, row_cache, tmp_path):
     words = ["--tasks", "local_choice", "local_rolling", "--include", str(tasks), "--samples", "2"]
     assert typed("eval", finished, *words, cwd=tmp_path).code == 0

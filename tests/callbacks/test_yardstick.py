@@ -17,10 +17,11 @@ from dlm_lightning.view import Batch
 ROWS = [[14], [5, 9], [9, 3], []]
 
 
-def validated(recipe, batches, *callbacks) -> dict[str, float]:
+def validated(recipe, batches, *callbacks, precision="32-true") -> dict[str, float]:
     """What a validation with these callbacks logs."""
     trainer = L.Trainer(
         accelerator="cpu",
+        precision=precision,
         logger=False,
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -69,6 +70,22 @@ def test_it_logs_the_mean_share_of_a_token_however_rows_are_batched(recipe, make
         assert found[f"bound/{future}/{size}"] == pytest.approx(wanted.item(), rel=1e-5)
     apart = validated(own, [rows(batch, 0), rows(batch, 1, 2), rows(batch, 3)], yardstick)
     assert apart == pytest.approx(found, rel=1e-4)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_it_measures_in_the_precision_that_is_trained_in(recipe, make_batch):
+    batch, own = make_batch(ROWS, length=16), recipe(BlockCausal, block_size=4)
+    found = validated(own, [batch], Yardstick((4,), profile_size=4), precision="bf16-mixed")["bound/masked/4"]
+    noisy, choice_BL = redrawn(batch, 0, STREAM, 0)
+
+    def wanted() -> float:
+        share_BL = bound(own.denoiser, noisy, Blocks(4), choice_BL).share_BL
+        return (share_BL.sum() / batch.maskable_BL.sum()).item()
+
+    with torch.no_grad():
+        assert found != pytest.approx(wanted(), rel=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert found == pytest.approx(wanted(), rel=1e-6)
 
 
 @pytest.mark.filterwarnings("ignore")
