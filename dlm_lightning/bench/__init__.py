@@ -8,9 +8,9 @@ from __future__ import annotations
 import gc
 import logging
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -64,8 +64,7 @@ def bench(request: Request, out: str | None = None) -> Path:
     _folder(out)
     check_all(request)
     with _claimed(out) as folder:
-        record = measure(request)
-        record.save(folder)
+        record = measure(request, keep=lambda record: record.save(folder))
     Console(highlight=False).print(show.tables(record))
     show.draw(record, folder / show.PICTURE)
     return folder
@@ -83,12 +82,15 @@ def check_all(request: Request) -> None:
 def _claimed(out: str | None) -> Iterator[Path]:
     """The measurement's folder, whose `bench.json` is there meanwhile, empty, so that no other takes the same.
 
-    Without a measurement what was made is taken away again.
+    Where nothing was measured what was made is taken away again.
     """
     folder, made = _claim(out)
     try:
         yield folder
     except BaseException:
+        if (folder / JSON).stat().st_size:
+            log.info("%s holds what was measured until then", folder / JSON)
+            raise
         (folder / JSON).unlink()
         for path in made:
             with suppress(OSError):  # another measurement is in it by now
@@ -110,16 +112,16 @@ def _claim(out: str | None) -> tuple[Path, list[Path]]:
     return folder, made
 
 
-def measure(request: Request) -> Record:
-    """Every recipe, at every value of what grows."""
-    contests = []
-    device, peak = torch.device("cpu"), None
+def measure(request: Request, keep: Callable[[Record], None] = lambda _: None) -> Record:
+    """Every recipe, at every value of what grows; `keep` is given what there is after each."""
+    record = Record(asdict(request), "", None, [])
     for value in request.growth[1] if request.growth else [None]:
         for recipe in dict.fromkeys(request.recipes):
             contest, device, peak = _contest(request, recipe, value)
-            contests.append(contest)
+            record = replace(record, device=named(device), peak=peak, contests=[*record.contests, contest])
+            keep(record)
             gc.collect()  # a recipe and its trainer hold each other, and with them the network
-    return Record(asdict(request), named(device), peak, contests)
+    return record
 
 
 def _contest(request: Request, recipe: str, value: str | None) -> tuple[Contest, torch.device, float | None]:

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from dlm_lightning.bench import Request, _claimed, growth, measure
+from dlm_lightning.bench import Request, _claimed, _contest, growth, measure
 
 
 @pytest.fixture
@@ -132,6 +132,22 @@ def test_a_measurement_that_fails_leaves_what_was_there(out, bench, typed, tmp_p
     words = ["--out", out] if out else []
     assert typed(*bench("block_causal", "model.attention=flex", *words), cwd=tmp_path).code == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["mine"]
+
+
+def test_a_measurement_that_fails_late_keeps_what_it_has(bench, typed, tmp_path, monkeypatch):
+    """As one that grows until the memory is full."""
+    own = _contest
+
+    def until_16(request, recipe, value):
+        if value == "16":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return own(request, recipe, value)
+
+    monkeypatch.setattr("dlm_lightning.bench._contest", until_16)
+    said = typed(*bench("block_causal", "--growth", "data.row_length=8,16", "--out", "grown"), cwd=tmp_path)
+    assert said.code == 1 and "out of memory" in said.err
+    assert "grown/bench.json holds what was measured until then" in said.out
+    assert [contest["value"] for contest in contests(tmp_path / "grown")] == ["8"]
 
 
 def test_two_measurements_at_once_have_a_folder_each(tmp_path, monkeypatch):
