@@ -13,7 +13,7 @@ import yaml
 from dlm_lightning import __version__, catalog, cli
 from dlm_lightning.callbacks.samples import Samples
 from dlm_lightning.callbacks.weight_drift import WeightDrift
-from dlm_lightning.cli import _report
+from dlm_lightning.commands.runs import _name
 from dlm_lightning.data.exact_answers import ExactAnswers
 from dlm_lightning.data.text_files import TextFiles
 
@@ -28,7 +28,7 @@ BLOCK_CAUSAL = "dlm_lightning.recipes.block_causal.BlockCausal"
 @pytest.mark.parametrize(
     ("words", "says"),
     [
-        (["--help"], "continue a run from its newest complete checkpoint"),
+        (["--help"], "Continue a run from its newest complete checkpoint"),
         (["list"], "dlm_lightning.data.text_files"),
         (["fit", "--help"], "--print_config"),
         (["--version"], __version__),
@@ -127,10 +127,12 @@ def test_the_printed_config_holds_the_overrides(typed, tmp_path):
     ("words", "says"),
     [
         ([], "COMMAND"),
+        (["summary", "done", "a=b"], "unrecognized arguments: a=b"),
+        (["plan", "block_causal", "--nonsense", "data.seed=1"], "unrecognized arguments: --nonsense"),
         (["fitt"], "invalid choice: 'fitt'"),
         (["fit"], "which recipe? `dlm list` shows all"),
         (["fit", "model.block_size=3"], "which recipe? `dlm list` shows all"),
-        (["resume"], "RUN"),
+        (["resume"], "the following arguments are required: RUN"),
         (["fit", "block_causal", "--ckpt_path"], "--ckpt_path"),
     ],
 )
@@ -190,10 +192,10 @@ def test_the_last_line_is_the_run(typed, small, tmp_path):
 @pytest.mark.parametrize("rank", ["RANK", "LOCAL_RANK", "NODE_RANK", "SLURM_PROCID"])
 def test_other_ranks_do_not_name_the_run(rank, monkeypatch, capsys):
     monkeypatch.setenv(rank, "0")
-    _report(Path("there"))
+    _name(Path("there"))
     assert capsys.readouterr().out == "run: there\n"
     monkeypatch.setenv(rank, "1")
-    _report(Path("there"))
+    _name(Path("there"))
     assert capsys.readouterr().out == ""
 
 

@@ -35,6 +35,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (4, {"report"}),
     (4, {"export"}),
     (4, {"comparison"}),
+    (4, {"commands"}),
     (4, {"cli"}),
 ]
 LAYERS = {name: layer for layer, names in SHELVES for name in names}
@@ -68,6 +69,10 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "card": {"serving"},
     },
     "comparison": {"__init__": {"arms", "processes", "request"}},
+    "commands": {
+        "__init__": {"measures", "models", "recipes", "runs"},
+        **{name: {"arguments"} for name in ("measures", "models", "recipes", "runs")},
+    },
     "report": {
         "__init__": {"content", "figures", "tables"},
         "figures": {"content"},
@@ -90,7 +95,15 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
 }
 GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on
 HEAVY = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "matplotlib", "numpy", "rich"}
-FREE_OF_TORCH = {"cli", "catalog", "errors", "interruption", "manifest", "runs"}  # as far as their top level goes
+FREE_OF_TORCH = {
+    "cli",
+    "commands",
+    "catalog",
+    "errors",
+    "interruption",
+    "manifest",
+    "runs",
+}  # as far as their top level goes
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in ("dlm_lightning", "recipes", "callbacks")
