@@ -150,11 +150,10 @@ def read(name: str, overrides: Sequence[str]) -> Plan:
         raise FileNotFoundError(f"there is no plan {name}{nearest(name, known) or ';'} `dlm list` shows all")
     known_keys = [field.name for field in fields(Plan)]
     for word in overrides:
-        key, equals, _ = word.partition("=")
-        if not equals or key.rstrip("+").split(".")[0] not in known_keys:
-            raise ValueError(
-                f"there is no key {key} of a plan{nearest(key.split('.')[0], known_keys)}; write key=value"
-            )
+        key = word.partition("=")[0]
+        name = key.rstrip("+").split(".")[0]
+        if name not in known_keys:
+            raise ValueError(f"there is no key {key} of a plan{nearest(name, known_keys)}")
     try:
         keys = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, yaml.YAMLError) as error:

@@ -129,6 +129,8 @@ def test_the_printed_config_holds_the_overrides(typed, tmp_path):
         ([], "COMMAND"),
         (["summary", "done", "a=b"], "unrecognized arguments: a=b"),
         (["plan", "block_causal", "--nonsense", "data.seed=1"], "unrecognized arguments: --nonsense"),
+        (["show", "block_causal", "model.block_size"], "argument key=value: model.block_size has no ="),
+        (["generate", "done", "--prompt", "a", "help"], "argument key=value: help has no ="),
         (["fitt"], "invalid choice: 'fitt'"),
         (["fit"], "which recipe? `dlm list` shows all"),
         (["fit", "model.block_size=3"], "which recipe? `dlm list` shows all"),

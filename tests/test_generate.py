@@ -195,7 +195,6 @@ def test_a_compiled_network_continues_the_same(finished, typed, tmp_path):
         (["--prompt", "a", "--device", "meta"], "--device meta: there is no such device here"),
         (["--prompt", "a", "--device", "hpu"], "--device hpu: there is no such device here"),
         (["--prompt", "a", "--out", "nowhere/x"], "--out nowhere/x: there is no folder nowhere"),
-        (["--prompt", "a", "help"], "there is no key help of a plan; write key=value"),
         (["--prompt", "a", "config=x.yaml"], "there is no key config of a plan"),
         (
             ["--prompt", "a", "stoper.new_tokens=3"],

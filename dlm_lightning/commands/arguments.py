@@ -32,7 +32,13 @@ def add_run(parser: argparse.ArgumentParser) -> None:
 
 def add_overrides(parser: argparse.ArgumentParser, text: str | None = None) -> None:
     """Any number of key=value; `text` is their help."""
-    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], help=text)
+    parser.add_argument("overrides", metavar="key=value", nargs="*", default=[], type=_override, help=text)
+
+
+def _override(word: str) -> str:
+    if "=" not in word:
+        raise argparse.ArgumentTypeError(f"{word} has no =")
+    return word
 
 
 def add_recipe(parser: argparse.ArgumentParser) -> None:
