@@ -9,7 +9,7 @@ import lightning as L
 import torch
 import torch.distributed as dist
 
-from dlm_lightning import checkpoint, interruption
+from dlm_lightning import interruption, saving
 from dlm_lightning.module import Recipe
 from dlm_lightning.transfer import Fetched
 
@@ -65,4 +65,4 @@ class Checkpoints(L.pytorch.callbacks.Checkpoint):
     def _save(self, trainer: L.Trainer) -> None:
         for logger in trainer.loggers:  # what a resume keeps of their rows is what lies before the checkpoint
             logger.save()
-        checkpoint.write(trainer, Path(trainer.default_root_dir), self.keep)
+        saving.write(trainer, Path(trainer.default_root_dir), self.keep)

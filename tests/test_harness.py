@@ -19,7 +19,7 @@ from dlm_lightning.decode.decoder import decode
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.reuse import exact
 from dlm_lightning.decode.stopper import Stopper
-from dlm_lightning.harness import Estimate, HarnessModel
+from dlm_lightning.harness.model import Estimate, HarnessModel
 from dlm_lightning.likelihood import Blocks, bound, turns
 from dlm_lightning.view import AUTOREGRESSIVE, Pattern
 

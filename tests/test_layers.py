@@ -21,7 +21,7 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (1, {"decode", "sight", "likelihood", "pattern_flops"}),
     (2, {"optimizer", "precision", "interruption", "manifest"}),
     (2, {"conversion", "checkpoint", "peak_flops"}),
-    (2, {"nonfinite"}),
+    (2, {"nonfinite", "saving"}),
     (2, {"module", "data", "strategies", "loggers"}),
     (2, {"gradient_noise"}),
     (3, {"recipes", "callbacks"}),
@@ -69,6 +69,7 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
         "card": {"serving"},
     },
     "comparison": {"__init__": {"arms", "processes", "request"}},
+    "harness": {"__init__": {"model"}},
     "commands": {
         "__init__": {"measures", "models", "recipes", "runs"},
         **{name: {"arguments"} for name in ("measures", "models", "recipes", "runs")},

@@ -12,7 +12,8 @@ import pytest
 import torch
 
 from dlm_lightning import checkpoint, manifest
-from dlm_lightning.checkpoint import FACTS, STATE, ElasticIO, write
+from dlm_lightning.checkpoint import FACTS, STATE, ElasticIO
+from dlm_lightning.saving import write
 
 FSIZE = """
 import resource, lightning as L

@@ -107,7 +107,8 @@ def _ask_harness(args: argparse.Namespace, names: list[str]) -> None:
     for name, least in (("batch", 1), ("limit", 1), ("shots", 0)):
         if (value := getattr(args, name)) is not None and value < least:
             raise ValueError(f"--{name} must be at least {least}, not {value}")
-    from dlm_lightning.harness import Estimate, evaluate
+    from dlm_lightning.harness import evaluate
+    from dlm_lightning.harness.model import Estimate
 
     estimate = Estimate(args.likelihood, args.samples, args.seed)
     asked = {name: getattr(args, name) for name in ("plan", "include", "limit", "shots", "chat", "batch", "precision")}
