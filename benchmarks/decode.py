@@ -45,7 +45,8 @@ from dlm_lightning.decode.selector import Schedule, Threshold
 from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.generate import read
-from dlm_lightning.training import quiet, restore
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "decoding"

@@ -46,10 +46,11 @@ from dlm_lightning import report
 from dlm_lightning.decode.selector import Threshold
 from dlm_lightning.evaluation import ask
 from dlm_lightning.generate import read
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 from dlm_lightning.report.content import Run, expand, read_run
 from dlm_lightning.report.tables import spread
 from dlm_lightning.tasks import questions
-from dlm_lightning.training import quiet, restore
 
 ROOT = Path(__file__).parents[1]
 RECIPES = ROOT / "benchmarks" / "study"

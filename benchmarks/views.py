@@ -28,7 +28,8 @@ from dlm_lightning.bench.timing import take_turns
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
 from dlm_lightning.optimizer import adamw
-from dlm_lightning.training import WITHOUT_DEVICES, quiet, reopen
+from dlm_lightning.parsing import WITHOUT_DEVICES, quiet
+from dlm_lightning.reopening import reopen
 from dlm_lightning.view import Batch
 
 ROOT = Path(__file__).parents[1]

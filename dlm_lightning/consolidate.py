@@ -11,8 +11,9 @@ import yaml
 from dlm_lightning import runs
 from dlm_lightning.callbacks import save_pretrained
 from dlm_lightning.module import Recipe
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 from dlm_lightning.source import SAVED_MODEL
-from dlm_lightning.training import quiet, restore
 
 
 def consolidate(folder: str, out: str | None = None) -> Path:

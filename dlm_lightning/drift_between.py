@@ -15,9 +15,10 @@ from dlm_lightning import checkpoint, lora, manifest
 from dlm_lightning.callbacks.weight_drift import COLUMNS, TABLE, picture
 from dlm_lightning.callbacks.weight_drift import SCHEMA as IN_A_RUN
 from dlm_lightning.drift import METRICS, Weights, between, by_group, pool, rows
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 from dlm_lightning.runs import CONFIG
 from dlm_lightning.source import SAVED_MODEL, Source
-from dlm_lightning.training import quiet, restore
 
 SCHEMA = IN_A_RUN.remove(IN_A_RUN.get_field_index("step"))
 

@@ -32,8 +32,9 @@ from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.generate import read, suited
 from dlm_lightning.gradient_noise import gradient_noise
 from dlm_lightning.module import Recipe
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import reopen, weights
 from dlm_lightning.tasks import Question, check_names, questions
-from dlm_lightning.training import quiet, reopen, weights
 from dlm_lightning.view import AUTOREGRESSIVE
 
 log = logging.getLogger(__name__)

@@ -29,7 +29,8 @@ from dlm_lightning.decode.plan import Plan
 from dlm_lightning.denoiser import Denoiser
 from dlm_lightning.errors import check_plan_nulls
 from dlm_lightning.module import Recipe
-from dlm_lightning.training import quiet, restore
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 from dlm_lightning.view import AUTOREGRESSIVE
 
 MASKED = "░"

@@ -9,8 +9,9 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from dlm_lightning import catalog, runs
+from dlm_lightning.parsing import parse, quiet
 from dlm_lightning.source import Source, check_convertible
-from dlm_lightning.training import note, parse, quiet
+from dlm_lightning.training import note
 
 FIXED = ("model", "model.class_path", "model.source", "model.config", "model.pretrained")
 KNOWN = ("exports of this project", "SDAR", "Fast-dLLM v2", "Dream", "LLaDA")

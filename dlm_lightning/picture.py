@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dlm_lightning import catalog
 from dlm_lightning.module import Recipe
-from dlm_lightning.training import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
+from dlm_lightning.parsing import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.view import Batch, View, attention_mask
 
 LENGTH, BLOCK = 12, 4

@@ -23,10 +23,10 @@ from dlm_lightning.drift import place
 from dlm_lightning.flops import needed
 from dlm_lightning.module import Recipe
 from dlm_lightning.noise import STRATA, uniforms
+from dlm_lightning.parsing import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.precision import full_name
 from dlm_lightning.rehearsal import Memory, Rehearsal, per_device, rehearse
 from dlm_lightning.source import Source
-from dlm_lightning.training import PLACEHOLDER, WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.view import Batch
 
 DRAWS = 16 * STRATA  # rows whose noise is drawn to know how many tokens are scored on average

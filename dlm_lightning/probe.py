@@ -13,10 +13,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 from dlm_lightning import catalog
 from dlm_lightning.drift import place
 from dlm_lightning.module import Recipe
+from dlm_lightning.parsing import WITHOUT_DEVICES, parse, quiet
 from dlm_lightning.sight import check_readout, check_sight
 from dlm_lightning.source import Source
 from dlm_lightning.step_zero import step_zero
-from dlm_lightning.training import WITHOUT_DEVICES, parse, quiet
 
 RECIPES = ("full_bidirectional", "block_causal", "complementary_mask")
 BRIEF = ("data.val_rows=16", "data.batch_size=4", "trainer.enable_progress_bar=false")

@@ -18,7 +18,9 @@ from rich.table import Table
 
 from dlm_lightning import checkpoint, nonfinite, runs
 from dlm_lightning.data.stream import Sample
-from dlm_lightning.training import part, quiet, reopen
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import reopen
+from dlm_lightning.training import part
 
 ALONE = [  # nothing but the steps themselves
     f"--trainer.{setting}"

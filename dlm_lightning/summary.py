@@ -18,8 +18,9 @@ from dlm_lightning.decode.reuse import exact
 from dlm_lightning.decode.stopper import Stopper
 from dlm_lightning.drift_between import drift_table
 from dlm_lightning.module import Recipe
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 from dlm_lightning.source import SAVED_MODEL
-from dlm_lightning.training import quiet, restore
 
 PROMPT = "def __init__(self, name, value):\n    "
 NEW_TOKENS = 32

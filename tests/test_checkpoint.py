@@ -16,7 +16,7 @@ import yaml
 from dlm_lightning import checkpoint, manifest
 from dlm_lightning.callbacks.checkpoints import Checkpoints
 from dlm_lightning.checkpoint import FACTS, STATE
-from dlm_lightning.training import reopen
+from dlm_lightning.reopening import reopen
 
 CLASS = "dlm_lightning.callbacks.checkpoints.Checkpoints"
 

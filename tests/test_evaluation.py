@@ -11,8 +11,8 @@ import torch
 from dlm_lightning import checkpoint, evaluation
 from dlm_lightning.callbacks.yardstick import STREAM
 from dlm_lightning.likelihood import Blocks, bound, redrawn
+from dlm_lightning.reopening import reopen
 from dlm_lightning.report.content import flat
-from dlm_lightning.training import reopen
 
 
 @pytest.fixture

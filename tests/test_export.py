@@ -21,8 +21,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from dlm_lightning.callbacks.weight_drift import last
 from dlm_lightning.decode.decoder import decode
 from dlm_lightning.generate import read, suited
+from dlm_lightning.reopening import restore
 from dlm_lightning.source import Source
-from dlm_lightning.training import restore
 from dlm_lightning.view import AUTOREGRESSIVE
 
 KEEP = "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}]"

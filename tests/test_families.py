@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from dlm_lightning import checkpoint
 from dlm_lightning.layouts import Diffusion
+from dlm_lightning.parsing import WITHOUT_DEVICES
+from dlm_lightning.reopening import reopen
 from dlm_lightning.source import Source
-from dlm_lightning.training import WITHOUT_DEVICES, reopen
 from dlm_lightning.view import AUTOREGRESSIVE, Batch
 
 OPTIONS = (

@@ -29,7 +29,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from dlm_lightning import catalog, checkpoint, runs
 from dlm_lightning.errors import parameters
-from dlm_lightning.training import WITHOUT_DEVICES
+from dlm_lightning.parsing import WITHOUT_DEVICES
 
 CASES = os.environ.get("DLM_FUZZ_CASES")
 fuzzed = settings(max_examples=int(CASES or 40), derandomize=CASES is None)

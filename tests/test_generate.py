@@ -16,7 +16,7 @@ from dlm_lightning.catalog import plans
 from dlm_lightning.checkpoint import agree
 from dlm_lightning.decode.decoder import decode
 from dlm_lightning.generate import read
-from dlm_lightning.training import restore
+from dlm_lightning.reopening import restore
 
 FIGURES = re.compile(
     r"^[\d,]+ tokens in [\d,]+ forwards, [\d.]+ per forward; [\d.,]+ per second; \d+% of what was seen "

@@ -15,7 +15,7 @@ import torch
 from lightning.fabric.plugins.environments import SLURMEnvironment
 
 from dlm_lightning import catalog
-from dlm_lightning.training import parse
+from dlm_lightning.parsing import parse
 
 BIN = Path(sys.executable).parent
 SCRIPT = catalog.folder("configs") / "slurm" / "train.sbatch"

@@ -27,6 +27,8 @@ SHELVES = [  # from the ground up; within a layer of the architecture too, impor
     (3, {"recipes", "callbacks"}),
     (4, {"catalog", "runs"}),
     (4, {"errors", "step_zero"}),
+    (4, {"parsing"}),
+    (4, {"reopening"}),
     (4, {"training"}),
     (4, {"allocator", "consolidate", "drift_between"}),
     (4, {"rehearsal"}),

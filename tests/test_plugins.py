@@ -12,7 +12,7 @@ import torch
 
 from dlm_lightning import checkpoint
 from dlm_lightning.generate import read
-from dlm_lightning.training import restore
+from dlm_lightning.reopening import restore
 
 PAGE = (Path(__file__).parents[1] / "docs" / "plugins.md").read_text()
 FILES = dict(re.findall(r"```(?:python|yaml)\n# mine/([\w.]+)\n(.*?)```", PAGE, re.S))

@@ -14,8 +14,8 @@ import torch
 import yaml
 
 from dlm_lightning import attention, catalog
+from dlm_lightning.parsing import PLACEHOLDER, parse
 from dlm_lightning.source import build_config
-from dlm_lightning.training import PLACEHOLDER, parse
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = Path(__file__).parent / "golden"

@@ -33,9 +33,9 @@ from dlm_lightning.comparison.arms import (
 from dlm_lightning.comparison.processes import Failed, Processes, alone
 from dlm_lightning.comparison.request import Budget, Comparison
 from dlm_lightning.loggers import read_metrics
+from dlm_lightning.parsing import quiet
 from dlm_lightning.report.content import expand
 from dlm_lightning.source import locate
-from dlm_lightning.training import quiet
 
 log = logging.getLogger(__name__)
 EMBEDDED = "runs/ar_source"  # the shipped recipes' source, trained if it is not there

@@ -10,7 +10,7 @@ import yaml
 from lightning.pytorch.cli import LightningCLI
 
 from dlm_lightning import catalog
-from dlm_lightning.training import PLACEHOLDER, parse
+from dlm_lightning.parsing import PLACEHOLDER, parse
 
 CONTROL = "control"
 SAME = (  # keys that must not differ, or it is not the pattern that is compared

@@ -25,7 +25,8 @@ from dlm_lightning.data import conversations
 from dlm_lightning.decode.plan import Plan
 from dlm_lightning.generate import read, suited
 from dlm_lightning.harness.model import Estimate, HarnessModel
-from dlm_lightning.training import quiet, restore
+from dlm_lightning.parsing import quiet
+from dlm_lightning.reopening import restore
 
 RESULT, SAMPLES = "lm_eval.json", "lm_eval_samples.jsonl"
 

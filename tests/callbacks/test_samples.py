@@ -11,7 +11,7 @@ from dlm_lightning.decode.plan import Plan
 from dlm_lightning.decode.reuse import Nothing
 from dlm_lightning.decode.selector import Threshold
 from dlm_lightning.decode.stopper import Stopper
-from dlm_lightning.training import reopen
+from dlm_lightning.reopening import reopen
 
 CALLBACKS = (
     "[{class_path: dlm_lightning.callbacks.checkpoints.Checkpoints}, "

@@ -19,7 +19,8 @@ from dlm_lightning.data.exact_answers import ExactAnswers
 from dlm_lightning.data.mixture import Mixture
 from dlm_lightning.data.stream import Draw, MixedOrder, share_out
 from dlm_lightning.data.text_files import TextFiles
-from dlm_lightning.training import _pin, parse
+from dlm_lightning.parsing import parse
+from dlm_lightning.training import _pin
 
 sizes = st.lists(st.integers(1, 12), min_size=1, max_size=4)
 
