@@ -273,3 +273,9 @@ def test_what_cannot_be_asked_is_refused(finished, tasks, refused, tmp_path):
         (["--tasks", "local_text", "--include", tasks, "--chat"], "no chat template"),
     ):
         assert message in refused("eval", finished, *words, cwd=tmp_path)
+
+
+@pytest.mark.parametrize("words", [["--limit", "5"], ["--tasks", "copy", "--chat"], ["--precision", "bf16-true"]])
+def test_options_of_the_harness_want_its_tasks(finished, words, typed, tmp_path):
+    said = typed("eval", finished, *words, cwd=tmp_path)
+    assert said.code == 2 and "is for tasks of lm-evaluation-harness, and --tasks names none of them" in said.err

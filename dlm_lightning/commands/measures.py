@@ -86,6 +86,11 @@ def evaluate(argv: list[str]) -> None:
     from dlm_lightning.tasks import NAMES
 
     ours, others = [name for name in named if name in NAMES], [name for name in named if name not in NAMES]
+    for option in harness._group_actions if not others else ():
+        if getattr(args, option.dest) != option.default:
+            parser.error(
+                f"{option.option_strings[0]} is for tasks of lm-evaluation-harness, and --tasks names none of them"
+            )
     if others and overrides and not ours:
         raise ValueError(f"{overrides[0]}: the tasks of lm-evaluation-harness take no overrides of a run")
     if others:
