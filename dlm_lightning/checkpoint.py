@@ -1,4 +1,4 @@
-"""Checkpoints of a run: the newest complete one, and its content for any strategy; `saving` writes them.
+"""Checkpoints of a run: the newest complete one, and its content for any strategy; `saving` makes them.
 
 A checkpoint is a folder, `<run>/checkpoints/step=100`: `state.ckpt`, which is Lightning's checkpoint, one file or under
 FSDP2 a folder of shards, and `manifest.json`, which is written last. A name that begins with a dot is unfinished.

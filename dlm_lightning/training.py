@@ -44,7 +44,7 @@ def fit(recipe: str, overrides: Sequence[str], folder: str | None, ckpt_path: st
     try:
         cli = parse(config, overrides, run)
         if runs.is_first_process():
-            (run / "checkpoints").mkdir(exist_ok=True)
+            (run / checkpoint.FOLDER).mkdir(exist_ok=True)
             (run / "drift").mkdir(exist_ok=True)
             note(run, found, cli, overrides)
         _train(cli, start)

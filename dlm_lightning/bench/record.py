@@ -86,8 +86,10 @@ class Record:
         return found | {"contests": contests}
 
     def save(self, folder: Path) -> None:
-        """Write `bench.json`."""
-        (folder / JSON).write_text(json.dumps(self.plain(), indent=1, ensure_ascii=False) + "\n")
+        """Write `bench.json`, in place of the one before."""
+        beside = folder / f".{JSON}"
+        beside.write_text(json.dumps(self.plain(), indent=1, ensure_ascii=False) + "\n")
+        os.replace(beside, folder / JSON)
 
 
 def surroundings() -> dict[str, Any]:
