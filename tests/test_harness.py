@@ -279,3 +279,8 @@ def test_what_cannot_be_asked_is_refused(finished, tasks, refused, tmp_path):
 def test_options_of_the_harness_want_its_tasks(finished, words, typed, tmp_path):
     said = typed("eval", finished, *words, cwd=tmp_path)
     assert said.code == 2 and "is for tasks of lm-evaluation-harness, and --tasks names none of them" in said.err
+
+
+def test_prompts_are_of_this_projects_tasks(finished, tasks, typed, tmp_path):
+    said = typed("eval", finished, "--tasks", "local_text", "--include", tasks, "--prompts", 4, cwd=tmp_path)
+    assert said.code == 2 and "--prompts is for tasks of this project" in said.err

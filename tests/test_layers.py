@@ -98,15 +98,8 @@ WITHIN = {  # what the files of a folder may import of it; of the folders that a
 }
 GROUND = {*sys.stdlib_module_names, "torch", "numpy"}  # all that layer 0 stands on
 HEAVY = {"torch", "lightning", "transformers", "datasets", "jsonargparse", "matplotlib", "numpy", "rich"}
-FREE_OF_TORCH = {
-    "cli",
-    "commands",
-    "catalog",
-    "errors",
-    "interruption",
-    "manifest",
-    "runs",
-}  # as far as their top level goes
+# as far as their top level goes
+FREE_OF_TORCH = {"cli", "commands", "catalog", "errors", "interruption", "manifest", "runs"}
 FILES = sorted(
     path.relative_to(ROOT)
     for folder in ("dlm_lightning", "recipes", "callbacks")

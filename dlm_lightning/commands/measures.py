@@ -91,6 +91,8 @@ def evaluate(argv: list[str]) -> None:
             parser.error(
                 f"{option.option_strings[0]} is for tasks of lm-evaluation-harness, and --tasks names none of them"
             )
+    if others and not ours and args.prompts != parser.get_default("prompts"):
+        parser.error("--prompts is for tasks of this project, and --tasks names none of them; --limit is the harness's")
     if others and overrides and not ours:
         raise ValueError(f"{overrides[0]}: the tasks of lm-evaluation-harness take no overrides of a run")
     if others:
